@@ -1,0 +1,343 @@
+"""The HTTP routes: parse the event, call one use case, shape the answer."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from datetime import datetime
+from http import HTTPStatus
+from typing import Any
+
+from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools.event_handler import APIGatewayRestResolver, Response
+from aws_lambda_powertools.logging import correlation_paths
+from aws_lambda_powertools.metrics import MetricUnit
+from aws_lambda_powertools.utilities.typing import LambdaContext
+from snapshot_restore_py import register_before_snapshot
+
+from img2img import observe, present, uploads
+from img2img.bootstrap import Services, services
+from img2img.errors import (
+    AnswerTooLarge,
+    FieldError,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    ServiceError,
+    UnsupportedMediaType,
+)
+from img2img.ids import ULID
+from img2img.jobs import Job, OutputStatus, Status
+from img2img.params import Img2ImgRequest, parse_request
+from img2img.submit import Caller, Submission, submit, watch
+
+logger = Logger()
+metrics = Metrics()
+app = APIGatewayRestResolver()
+
+MAX_WAIT = 25
+# Lambda answers with at most 6 MB, base64 and JSON included; the rest of the answer stays far below the difference.
+MAX_ANSWER = 6_000_000 - 100_000
+BINARY_ACCEPTED = re.compile(r"image/[\w.+*-]+")
+EXPOSED_HEADERS = (
+    "Location, Content-Location, Retry-After, Preference-Applied, Idempotent-Replayed, "
+    "x-remaining-credits, x-generation-time, x-request-id"
+)
+
+
+@register_before_snapshot  # type: ignore[untyped-decorator]
+def prepare() -> None:
+    """Make the clients before SnapStart takes its snapshot; nothing connects or reads a secret yet."""
+    ready = services()
+    _ = ready.jobs, ready.storage, ready.queue, ready.idempotency
+
+
+def _header(name: str) -> str:
+    # A header may come several times; HTTP joins them with commas.
+    return ", ".join(app.current_event.resolved_headers_field.get(name.lower(), []))
+
+
+def _caller(use: Services) -> Caller:
+    context = app.current_event.request_context
+    return Caller(use.settings.default_team, context.identity.api_key_id or "", context.request_id)
+
+
+def _base_url() -> str:
+    event = app.current_event
+    # With a custom domain the mapping takes the stage's place: both stand in front of `path` here.
+    prefix = event.request_context.path.removesuffix(event.path)
+    return f"{_header('x-forwarded-proto') or 'https'}://{_header('host')}{prefix}"
+
+
+def _body() -> bytes:
+    body: str = app.current_event.body or ""
+    if app.current_event.is_base64_encoded:
+        return base64.b64decode(body)
+    return body.encode(errors="surrogatepass")
+
+
+def _content_type() -> str:
+    return _header("content-type").partition(";")[0].strip().lower()
+
+
+def _json_body() -> Any:
+    if _content_type() not in ("application/json", ""):
+        raise UnsupportedMediaType.of_field("Content-Type", "must be application/json")
+    try:
+        return json.loads(_body())
+    except (ValueError, RecursionError):
+        raise InvalidRequest("The body is not valid JSON", errors=[FieldError("body", "must be valid JSON")]) from None
+
+
+def _job_id(text: str) -> str:
+    if not ULID.fullmatch(text):
+        raise NotFound(f"There is no job {text[:40]}")
+    logger.append_keys(job_id=text)
+    return text
+
+
+def _answer(
+    status: int, body: Any, *, content_type: str = "application/json", headers: dict[str, str] | None = None
+) -> Response[Any]:
+    return Response(
+        status_code=status,
+        content_type=content_type,
+        body=body if isinstance(body, bytes | None) else json.dumps(body, ensure_ascii=False, separators=(",", ":")),
+        headers=headers or {},
+    )
+
+
+def _problem(error: ServiceError, headers: dict[str, str] | None = None, **members: Any) -> Response[Any]:
+    if error.retry_after is not None:
+        headers = {**(headers or {}), "Retry-After": str(int(error.retry_after))}
+    problem = {
+        "type": "about:blank",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "code": error.code,
+        "errors": [{"field": e.field, "detail": e.detail} for e in error.errors],
+        **members,
+    }
+    return _answer(error.status, problem, content_type="application/problem+json", headers=headers)
+
+
+@app.exception_handler(ServiceError)  # type: ignore[untyped-decorator]
+def on_service_error(error: ServiceError) -> Response[Any]:
+    """Answer what the caller can know."""
+    logger.info("refused", code=error.code)
+    return _problem(error)
+
+
+@app.exception_handler(Exception)  # type: ignore[untyped-decorator]
+def on_unexpected(error: Exception) -> Response[Any]:
+    """Answer a bug or AWS trouble."""
+    observe.log_unexpected(logger, error)
+    return _problem(InternalError("Something went wrong here; the request can be sent again"))
+
+
+@app.not_found
+def on_not_found(_error: Exception) -> Response[Any]:
+    """Answer an unknown route; on AWS the gateway does so first."""
+    return _problem(NotFound("There is no such route"))
+
+
+def _preferred_wait() -> tuple[int, str]:
+    """Return the seconds to wait and what `Preference-Applied` says (RFC 7240)."""
+    preferences = [item.strip() for item in re.split("[,;]", _header("prefer").lower())]
+    for item in preferences:
+        if match := re.fullmatch(r"wait\s*=\s*\"?(\d{1,9})\"?", item):
+            seconds = min(int(match[1]), MAX_WAIT)
+            return seconds, f"wait={seconds}"
+    if "respond-async" in preferences:
+        return 0, "respond-async"
+    return MAX_WAIT, f"wait={MAX_WAIT}"
+
+
+@app.post("/sd1.5-img2img")
+def create() -> Response[Any]:
+    """Create a job and, unless asked not to, wait for it."""
+    use = services()
+    request = parse_request(_json_body())
+    seconds, applied = _preferred_wait()
+    key = _header("idempotency-key") if "idempotency-key" in app.current_event.resolved_headers_field else None
+    submission = submit(use, _caller(use), request, idempotency_key=key, context=app.lambda_context)
+    job_id = submission.job.id
+    logger.append_keys(job_id=job_id)
+    logger.info("job created" if not submission.replayed else "job replayed", samples=request.params.samples)
+    if not submission.replayed:
+        metrics.add_metric("JobsCreated", MetricUnit.Count, 1)
+        observe.describe(metrics, correlation_id=submission.job.correlation_id, job_id=job_id)
+    # What is left of the time after the image was taken in: the gateway hangs up at 29 s.
+    left = app.lambda_context.get_remaining_time_in_millis() / 1000 - 2
+    job = watch(use, submission.job, max(min(seconds, left), 0))
+    return _created(use, request, submission, job, applied)
+
+
+def _created(use: Services, request: Img2ImgRequest, submission: Submission, job: Job, applied: str) -> Response[Any]:
+    base_url = _base_url()
+    headers = {
+        "Location": present.job_url(base_url, job.id),
+        "Preference-Applied": applied,
+        "x-request-id": app.current_event.request_context.request_id,
+    }
+    if not job.status.is_terminal:
+        return _answer(202, present.job_document(use, job, base_url), headers={**headers, "Retry-After": "1"})
+    if submission.replayed:
+        headers["Idempotent-Replayed"] = "true"
+    if job.error:
+        return _problem(job.error, headers, job_id=job.id)
+    headers["x-generation-time"] = f"{job.generation_seconds:.3f}"
+    if job.remaining_credits is not None:
+        headers["x-remaining-credits"] = f"{job.remaining_credits:g}"
+    pictures = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
+    # The gateway turns an answer binary by the first type alone, so only that one counts.
+    wants_bytes = BINARY_ACCEPTED.fullmatch(_header("accept").partition(",")[0].partition(";")[0].strip().lower())
+    if job.status is Status.SUCCEEDED and wants_bytes:
+        _refuse_too_large(pictures[0].bytes)
+        headers["Content-Location"] = headers["Location"]
+        data = use.storage.get_output(pictures[0])
+        return _answer(200, data, content_type=pictures[0].content_type, headers=headers)
+    document = present.job_document(use, job, base_url)
+    if job.status is Status.SUCCEEDED and request.base64:
+        _refuse_too_large(sum(output.bytes for output in pictures))
+        encoded = [base64.b64encode(use.storage.get_output(output)).decode() for output in pictures]
+        document["image"] = encoded[0] if len(encoded) == 1 else encoded
+    return _answer(200, document, headers=headers)
+
+
+def _refuse_too_large(size: int) -> None:
+    if size * 4 / 3 > MAX_ANSWER:
+        raise AnswerTooLarge(
+            "The job succeeded, but its pictures do not fit into one answer; read them from their URLs"
+        )
+
+
+@app.post("/uploads")
+def upload() -> Response[Any]:
+    """Announce an upload to S3, or take the image in the body."""
+    use = services()
+    team = _caller(use).team
+    content_type = _content_type()
+    if content_type.startswith("image/") or content_type == "application/octet-stream":
+        stored = uploads.store(use, team, _body())
+        image = {"content_type": stored.image.content_type, "width": stored.image.width, "height": stored.image.height}
+        return _answer(201, {"id": stored.id, **image, "bytes": stored.bytes})
+    return _answer(201, uploads.announce(use, team, _json_body()))
+
+
+@app.get("/jobs")
+def list_jobs() -> Response[Any]:
+    """List the team's jobs, newest first."""
+    use = services()
+    query = app.current_event.query_string_parameters or {}
+    known = ("limit", "cursor", "status", "created_after", "created_before")
+    errors = [
+        FieldError(name[:100], f"is not known; known are {', '.join(known)}") for name in query if name not in known
+    ]
+    limit, status, after, before = 20, None, None, None
+    try:
+        limit = int(query.get("limit", "20"))
+    except ValueError:
+        limit = 0
+    if not 1 <= limit <= 100:
+        errors.append(FieldError("limit", "must be an integer from 1 to 100"))
+    if "status" in query:
+        if query["status"] in list(Status):
+            status = Status(query["status"])
+        else:
+            errors.append(FieldError("status", f"must be one of {', '.join(Status)}"))
+    cursor = query.get("cursor")
+    if cursor is not None and not ULID.fullmatch(cursor):
+        errors.append(FieldError("cursor", "must be the cursor of an earlier answer"))
+    try:
+        after = _epoch_ms(query.get("created_after"))
+    except ValueError:
+        errors.append(FieldError("created_after", "must be an ISO 8601 time with its offset"))
+    try:
+        before = _epoch_ms(query.get("created_before"))
+    except ValueError:
+        errors.append(FieldError("created_before", "must be an ISO 8601 time with its offset"))
+    if errors:
+        raise InvalidRequest("; ".join(f"{e.field}: {e.detail}" for e in errors[:20]), errors=errors[:20])
+    page = use.jobs.list(
+        _caller(use).team,
+        limit=limit,
+        cursor=cursor,
+        status=status,
+        created_after_ms=after,
+        created_before_ms=before,
+    )
+    base_url = _base_url()
+    jobs = [present.job_document(use, job, base_url) for job in page.jobs]
+    return _answer(200, {"jobs": jobs, "cursor": page.cursor})
+
+
+def _epoch_ms(text: str | None) -> int | None:
+    if text is None:
+        return None
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError("no offset")
+    return int(moment.timestamp() * 1000)
+
+
+@app.get("/jobs/<job_id>")
+def read_job(job_id: str) -> Response[Any]:
+    """Read a job, with fresh URLs."""
+    use = services()
+    job = use.jobs.get(_caller(use).team, _job_id(job_id))
+    headers = {} if job.status.is_terminal else {"Retry-After": "1"}
+    return _answer(200, present.job_document(use, job, _base_url()), headers=headers)
+
+
+@app.get("/jobs/<job_id>/outputs/<index>")
+def read_output(job_id: str, index: str) -> Response[Any]:
+    """Redirect to a fresh presigned URL."""
+    use = services()
+    job = use.jobs.get(_caller(use).team, _job_id(job_id))
+    output = job.output(int(index)) if re.fullmatch("[0-3]", index) and job.status.is_terminal else None
+    if output is None or output.status is not OutputStatus.SUCCEEDED:
+        raise NotFound(f"The job has no output {index[:10]} to show")
+    headers = {"Location": use.storage.output_url(output), "Cache-Control": "no-store"}
+    return _answer(HTTPStatus.FOUND, None, headers=headers)
+
+
+@app.post("/jobs/<job_id>/cancel")
+def cancel_job(job_id: str) -> Response[Any]:
+    """Cancel a job; one that has ended stays as it is."""
+    use = services()
+    job = use.jobs.cancel(_caller(use).team, _job_id(job_id))
+    return _answer(200, present.job_document(use, job, _base_url()))
+
+
+@app.delete("/jobs/<job_id>")
+def delete_job(job_id: str) -> Response[Any]:
+    """Delete a job and its pictures."""
+    use = services()
+    team = _caller(use).team
+    # First canceled, so that a worker removes what it stores later; last the item, so that a crash can be repeated.
+    job = use.jobs.cancel(team, _job_id(job_id))
+    use.storage.delete_job(team, job.id)
+    use.jobs.delete(team, job.id)
+    return _answer(204, None)
+
+
+@app.get("/health")
+def health() -> Response[Any]:
+    """Answer that the function runs."""
+    return _answer(200, {"status": "ok"})
+
+
+@logger.inject_lambda_context(correlation_id_path=correlation_paths.API_GATEWAY_REST, clear_state=True)
+@observe.flushed(metrics)
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Answer one REST proxy event."""
+    answer = app.resolve(event, context)
+    answer["multiValueHeaders"] |= {
+        "Access-Control-Allow-Origin": [services().settings.cors_origin],
+        "Access-Control-Expose-Headers": [EXPOSED_HEADERS],
+    }
+    logger.info("answered", route=event.get("resource"), method=event.get("httpMethod"), status=answer["statusCode"])
+    return answer

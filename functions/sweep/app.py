@@ -1,0 +1,27 @@
+"""Every minute: send again or fail the jobs that are overdue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools.metrics import MetricUnit
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from img2img import observe
+from img2img.bootstrap import services
+from img2img.sweep import sweep
+
+logger = Logger()
+metrics = Metrics()
+
+
+@logger.inject_lambda_context(correlation_id_path="id", clear_state=True)
+@observe.flushed(metrics)
+def handler(_event: dict[str, Any], _context: LambdaContext) -> dict[str, int]:
+    """Sweep once; the event says nothing that matters."""
+    done = sweep(services())
+    if done:
+        logger.info("swept", failed=done["failed"], resent=done["resent"])
+        metrics.add_metric("JobsFailed", MetricUnit.Count, done["failed"])
+    return dict(done)

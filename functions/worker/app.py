@@ -1,0 +1,72 @@
+"""The jobs queue: run one job for each message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aws_lambda_powertools import Logger, Metrics, single_metric
+from aws_lambda_powertools.metrics import MetricUnit
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from img2img import observe
+from img2img.bootstrap import services
+from img2img.jobs import Job, Status
+from img2img.queues import JobMessage
+from img2img.run import Run, run_job
+
+logger = Logger()
+metrics = Metrics()
+
+# After an error that nothing foresaw: short, for a waiting caller; the job's lease still keeps others off.
+RETRY_AFTER_CRASH = 5
+
+
+def _measure(run: Run) -> None:
+    if run.remaining_credits is not None:
+        metrics.add_metric("SegmindRemainingCredits", MetricUnit.Count, run.remaining_credits)
+    if run.retry_after is not None:
+        metrics.add_metric("BackendRetries", MetricUnit.Count, 1)
+    if run.job and run.job.status.is_terminal:
+        _measure_end(run.job)
+
+
+def _measure_end(job: Job) -> None:
+    logger.info("job ended", status=job.status, code=job.error_code or None, backend=job.backend)
+    metrics.add_metric("JobsSucceeded", MetricUnit.Count, int(job.status is Status.SUCCEEDED))
+    metrics.add_metric("JobsFailed", MetricUnit.Count, int(job.status is Status.FAILED))
+    if job.started_ms:
+        metrics.add_metric("QueueTime", MetricUnit.Milliseconds, job.started_ms - job.created_ms)
+    if job.outputs:
+        metrics.add_metric("BackendTime", MetricUnit.Milliseconds, job.generation_seconds * 1000)
+    if job.error_code:
+        with single_metric("FailuresByCode", MetricUnit.Count, 1) as failures:
+            failures.add_dimension("code", job.error_code)
+            failures.add_metadata("correlation_id", job.correlation_id)
+            failures.add_metadata("job_id", job.id)
+
+
+def _run(record: dict[str, Any]) -> bool:
+    """Run the job of one record. Returns whether the message is done with."""
+    use = services()
+    retry_after: int | None = RETRY_AFTER_CRASH
+    try:
+        message = JobMessage.from_json(record["body"])
+        logger.append_keys(correlation_id=message.correlation_id, job_id=message.job_id, team=message.team)
+        observe.describe(metrics, correlation_id=message.correlation_id, job_id=message.job_id)
+        run = run_job(use, message.team, message.job_id)
+        _measure(run)
+        retry_after = run.retry_after
+    except Exception as error:  # noqa: BLE001 (a message must never be lost to a bug)
+        observe.log_unexpected(logger, error)
+    if retry_after is None:
+        return True
+    use.queue.redeliver(record["receiptHandle"], retry_after)
+    return False
+
+
+@logger.inject_lambda_context(clear_state=True)
+@observe.flushed(metrics)
+def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+    """Run a batch; a message that is not done with is reported, and comes back after its own time."""
+    failures = [{"itemIdentifier": record["messageId"]} for record in event["Records"] if not _run(record)]
+    return {"batchItemFailures": failures}

@@ -1,0 +1,111 @@
+"""Puts the parts together: settings -> clients -> services. The only place that makes boto3 clients."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache, cached_property
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+
+from img2img.queues import JobQueue
+from img2img.settings import Settings
+from img2img.storage import Storage
+from img2img.store import JobStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer
+
+    from img2img.backends import Backend
+    from img2img.fetch import Fetcher
+
+# A hung AWS call must leave time to answer: API Gateway waits 29 s in all.
+_CONFIG = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 4})
+# By default boto3 presigns with SigV2 for the global host in older regions, which new buckets refuse.
+_S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
+
+
+class Services:
+    """What the use cases work with. Each part is made when it is first asked for.
+
+    Imports stand inside where only one function needs them: an import is most of a cold start.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.sleep = sleep
+
+    @cached_property
+    def jobs(self) -> JobStore:
+        """The table of jobs."""
+        return JobStore(
+            boto3.client("dynamodb", config=_CONFIG),
+            self.settings.jobs_table,
+            retention_days=self.settings.retention_days,
+            clock=lambda: self.clock(),
+        )
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The buckets."""
+        return Storage(
+            boto3.client("s3", config=_S3_CONFIG),
+            uploads_bucket=self.settings.uploads_bucket,
+            results_bucket=self.settings.results_bucket,
+            max_image_bytes=self.settings.max_image_bytes,
+            result_url_ttl=self.settings.result_url_ttl,
+            upload_url_ttl=self.settings.upload_url_ttl,
+        )
+
+    @cached_property
+    def queue(self) -> JobQueue:
+        """The queue of jobs."""
+        return JobQueue(boto3.client("sqs", config=_CONFIG), self.settings.jobs_queue_url)
+
+    @cached_property
+    def idempotency(self) -> DynamoDBPersistenceLayer:
+        """Powertools' table of idempotency keys."""
+        from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer
+
+        return DynamoDBPersistenceLayer(
+            self.settings.idempotency_table, boto3_client=boto3.client("dynamodb", config=_CONFIG)
+        )
+
+    @cached_property
+    def fetcher(self) -> Fetcher:
+        """Downloads the images that callers name by URL."""
+        from img2img.fetch import Fetcher
+
+        return Fetcher(max_bytes=self.settings.max_image_bytes)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What generates the pictures."""
+        from aws_lambda_powertools.utilities.parameters import SecretsProvider
+
+        from img2img.backends.segmind import SegmindBackend
+
+        secrets = SecretsProvider(boto3_client=boto3.client("secretsmanager", config=_CONFIG))
+
+        def key(refresh: bool) -> str:
+            # Read at each call, not at import: a snapshot would keep a rotated key.
+            return str(secrets.get(self.settings.segmind_secret_id, max_age=300, force_fetch=refresh))
+
+        return SegmindBackend(base_url=self.settings.segmind_base_url, key=key, timeout=self.settings.segmind_timeout)
+
+
+@cache
+def services() -> Services:
+    """Return the services of this process, made from its environment once."""
+    return Services(Settings.from_env(os.environ))

@@ -1,0 +1,103 @@
+"""DynamoDB's forms of values and errors, and a job's item."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from botocore.exceptions import ClientError
+
+from img2img.jobs import Job, Output, OutputStatus, Status
+from img2img.params import Img2ImgParams
+
+T = TypeVar("T")
+Item = Mapping[str, Any]
+
+# A conflict means that another writer holds the item for milliseconds: 8 tries take at most about 2 s.
+_CONFLICT_TRIES = 8
+# SnapStart copies the state of the `random` module's own generator into every clone.
+_jitter = random.SystemRandom()
+
+
+def text(value: str) -> dict[str, str]:
+    """Return a DynamoDB string."""
+    return {"S": value}
+
+
+def number(value: int) -> dict[str, str]:
+    """Return a DynamoDB number."""
+    return {"N": str(value)}
+
+
+def error_code(error: ClientError) -> str:
+    """Return the name that AWS gives an error."""
+    return str(error.response.get("Error", {}).get("Code"))
+
+
+def cancellations(error: ClientError) -> list[str]:
+    """Return why each write of a transaction was refused, in request order; "None" for a good one."""
+    return [str(reason.get("Code")) for reason in error.response.get("CancellationReasons", [])]
+
+
+def _is_conflict(error: ClientError) -> bool:
+    """Whether another transaction held an item; botocore retries neither form of it."""
+    if error_code(error) == "TransactionCanceledException":
+        reasons = cancellations(error)
+        return "TransactionConflict" in reasons and "ConditionalCheckFailed" not in reasons
+    return error_code(error) == "TransactionConflictException"
+
+
+def through_conflicts(call: Callable[[], T]) -> T:
+    """Make a call again while another transaction holds one of its items."""
+    for attempt in range(_CONFLICT_TRIES):
+        try:
+            return call()
+        except ClientError as error:
+            if attempt == _CONFLICT_TRIES - 1 or not _is_conflict(error):
+                raise
+            time.sleep(_jitter.uniform(0, 0.01 * 2**attempt))
+    raise AssertionError("unreachable")
+
+
+def outputs_json(outputs: tuple[Output, ...]) -> dict[str, str]:
+    """Return the attribute that keeps the outputs."""
+    return text(json.dumps([asdict(output) for output in outputs]))
+
+
+def to_job(item: Item) -> Job:
+    """Read a job from its item."""
+
+    def string(name: str) -> str:
+        return str(item[name]["S"]) if name in item else ""
+
+    def integer(name: str) -> int | None:
+        return int(item[name]["N"]) if name in item else None
+
+    return Job(
+        id=string("sk").removeprefix("JOB#"),
+        team=string("pk").removeprefix("TEAM#"),
+        key_id=string("key_id"),
+        correlation_id=string("correlation_id"),
+        status=Status(string("status")),
+        params=Img2ImgParams(**json.loads(string("params"))),
+        metadata=json.loads(string("metadata")),
+        backend=string("backend"),
+        created_ms=integer("created_ms") or 0,
+        started_ms=integer("started_ms"),
+        completed_ms=integer("completed_ms"),
+        due_at=integer("due_at"),
+        deadline_at=integer("deadline_at") or 0,
+        attempts=integer("attempts") or 0,
+        lease=string("lease") or None,
+        outputs=tuple(
+            Output(**{**output, "status": OutputStatus(output["status"])})
+            for output in json.loads(string("outputs") or "[]")
+        ),
+        error_code=string("error_code"),
+        error_detail=string("error_detail"),
+        remaining_credits=float(string("remaining_credits")) if "remaining_credits" in item else None,
+    )

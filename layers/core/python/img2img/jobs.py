@@ -1,0 +1,122 @@
+"""What a job is and which way it may go. Pure: `store.py` keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from img2img.errors import JobError, OutputBlocked, job_error
+from img2img.params import Img2ImgParams
+
+
+class Status(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job never changes again."""
+        return not NEXT[self]
+
+
+NEXT: Mapping[Status, frozenset[Status]] = {
+    Status.QUEUED: frozenset({Status.PROCESSING, Status.FAILED, Status.CANCELED}),
+    # Back to queued: the backend asked to wait, or may be asked again without paying twice.
+    Status.PROCESSING: frozenset({Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELED}),
+    Status.SUCCEEDED: frozenset(),
+    Status.FAILED: frozenset(),
+    Status.CANCELED: frozenset(),
+}
+
+
+def before(status: Status) -> list[Status]:
+    """Return the statuses that may turn into `status`."""
+    return [old for old, new in NEXT.items() if status in new]
+
+
+class OutputStatus(StrEnum):
+    """How one sample ended."""
+
+    SUCCEEDED = "succeeded"
+    BLOCKED = "blocked"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One sample that ended. Everything from `key` on is set only where a picture is stored.
+
+    `seconds` is what the backend took for it.
+    """
+
+    index: int
+    status: OutputStatus
+    seed: int
+    error_code: str = ""
+    error_detail: str = ""
+    key: str = ""
+    content_type: str = ""
+    width: int = 0
+    height: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One request on its way. Times are epoch milliseconds, but `due_at` and `deadline_at` epoch seconds.
+
+    `due_at` is when `sweep` looks at an unfinished job: for a claimed one that is the end of its lease.
+    """
+
+    id: str
+    team: str
+    key_id: str
+    correlation_id: str
+    status: Status
+    params: Img2ImgParams
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    backend: str
+    created_ms: int
+    started_ms: int | None = None
+    completed_ms: int | None = None
+    due_at: int | None = None
+    deadline_at: int
+    attempts: int = 0
+    lease: str | None = None
+    outputs: tuple[Output, ...] = ()
+    error_code: str = ""
+    error_detail: str = ""
+    remaining_credits: float | None = None
+
+    @property
+    def generation_seconds(self) -> float:
+        """How long the backend took: samples are generated at the same time, so the longest one."""
+        return max((output.seconds for output in self.outputs), default=0.0)
+
+    @property
+    def error(self) -> JobError | None:
+        """What a failed job failed of."""
+        return job_error(self.error_code, self.error_detail) if self.error_code else None
+
+    def output(self, index: int) -> Output | None:
+        """Return the output of sample `index` if that sample has ended."""
+        return next((output for output in self.outputs if output.index == index), None)
+
+
+def verdict(outputs: tuple[Output, ...]) -> JobError | None:
+    """Return why a job with these final outputs failed: None as soon as one picture was delivered."""
+    statuses = {output.status for output in outputs}
+    if OutputStatus.SUCCEEDED in statuses:
+        return None
+    failed = next((output for output in outputs if output.status is OutputStatus.FAILED), None)
+    if failed:
+        return job_error(failed.error_code, failed.error_detail)
+    return OutputBlocked("The backend returned an all-black picture, as its safety checker does")

@@ -1,0 +1,312 @@
+"""The request: every field's name, range and default, in one place.
+
+Names, ranges and defaults of the first twelve are Segmind's own for `sd1.5-img2img`
+(https://www.segmind.com/models/sd1.5-img2img); the rest are ours.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import math
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from img2img.errors import FieldError, InvalidRequest
+
+SCHEDULERS = (
+    "DDIM",
+    "DPM Multi",
+    "DPM Single",
+    "Euler a",
+    "Euler",
+    "Heun",
+    "DPM2 a Karras",
+    "DPM2 Karras",
+    "LMS",
+    "PNDM",
+    "DDPM",
+    "UniPC",
+)
+SIZES = (512, 768)
+FITS = ("cover", "contain", "stretch")
+OUTPUT_FORMATS = ("png", "jpeg", "webp")
+MAX_SEED = 999_999_999_999_999
+MAX_PROMPT = 10_000
+MAX_METADATA_ENTRIES = 16
+UPLOAD_ID = re.compile(r"upl_[0-9A-HJKMNP-TV-Z]{26}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Img2ImgParams:
+    """The effective parameters of a job. `seed` is -1 only until `resolved()`."""
+
+    prompt: str
+    negative_prompt: str = ""
+    samples: int = 1
+    scheduler: str = "DDIM"
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    strength: float = 1.0
+    seed: int = -1
+    img_width: int = 512
+    img_height: int = 512
+    fit: str = "cover"
+    output_format: str | None = None
+
+    def resolved(self) -> Img2ImgParams:
+        """Return these parameters with a random seed in place of -1.
+
+        From the operating system: SnapStart copies the state of `random` into every clone.
+        """
+        return self if self.seed != -1 else replace(self, seed=secrets.randbelow(2**32))
+
+    def seed_of(self, index: int) -> int:
+        """Return the seed of sample `index`: each sample is a call of its own, so a retry repeats one image."""
+        return (self.seed + index) % (MAX_SEED + 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parameters under the names that a request uses."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class InlineImage:
+    """Image bytes that came in the request body."""
+
+    data: bytes
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageUrl:
+    """An https URL to fetch the image from."""
+
+    url: str
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.url.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class UploadId:
+    """An upload of the caller's team."""
+
+    id: str
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.id.encode()).hexdigest()
+
+
+ImageSource = InlineImage | ImageUrl | UploadId
+
+
+@dataclass(frozen=True)
+class Img2ImgRequest:
+    """A checked request: what to make, from which image, and how to answer."""
+
+    params: Img2ImgParams
+    image: ImageSource
+    base64: bool
+    metadata: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the parsed parameters and the image's own fingerprint.
+
+        The seed counts as sent: a repeated -1 is the same request.
+        """
+        parts = [self.params.as_dict(), self.image.fingerprint, dict(self.metadata)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Wrong(ValueError):
+    """A field's value is not accepted; the text says what would be."""
+
+
+def _text(limit: int) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or len(value) > limit:
+            raise _Wrong(f"must be a string of at most {limit} characters")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _Wrong("must be valid Unicode text") from None
+        return value
+
+    return parse
+
+
+def _prompt(value: Any) -> str:
+    text = _text(MAX_PROMPT)(value)
+    if not text.strip():
+        raise _Wrong("must not be empty")
+    return text
+
+
+def _number(value: Any) -> float | int | None:
+    """Return the number that `value` is or, as Segmind's own client sends them, spells; None if it is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        if not re.fullmatch(r"\s*-?\d{1,20}(\.\d{1,20})?([eE][+-]?\d{1,3})?\s*", value, re.ASCII):
+            return None
+        value = float(value) if set(value) & set(".eE") else int(value)
+    if isinstance(value, int) and abs(value) < 10**20:
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _integer(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        number = _number(value)
+        if number is None or number != int(number) or not low <= number <= high:
+            raise _Wrong(f"must be an integer from {low} to {high}")
+        return int(number)
+
+    return parse
+
+
+def _decimal(low: float, high: float) -> Callable[[Any], float]:
+    def parse(value: Any) -> float:
+        number = _number(value)
+        if number is None or not low <= number <= high:
+            raise _Wrong(f"must be a number from {low:g} to {high:g}")
+        return float(number)
+
+    return parse
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise _Wrong(f"must be one of {', '.join(choices)}")
+        return str(value)
+
+    return parse
+
+
+def _size(value: Any) -> int:
+    number = _number(value)
+    if number not in SIZES:
+        raise _Wrong("must be 512 or 768")
+    return int(number)
+
+
+def _seed(value: Any) -> int:
+    try:
+        return _integer(-1, MAX_SEED)(value)
+    except _Wrong:
+        raise _Wrong(f"must be -1 (random) or an integer from 0 to {MAX_SEED}") from None
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower())
+    if not isinstance(value, bool):
+        raise _Wrong("must be true or false")
+    return value
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if (
+        not isinstance(value, dict)
+        or len(value) > MAX_METADATA_ENTRIES
+        or not all(isinstance(v, str) and len(k) <= 40 and len(v) <= 500 for k, v in value.items())
+    ):
+        raise _Wrong(
+            f"must be an object of at most {MAX_METADATA_ENTRIES} strings of at most 500 characters, keys at most 40"
+        )
+    for entry in value.items():
+        for text in entry:
+            _text(500)(text)
+    return value
+
+
+def _image(value: Any) -> ImageSource:
+    if not isinstance(value, str) or not value.strip():
+        raise _Wrong("must be an upload id, an https URL, a data URI or base64")
+    value = value.strip()
+    if UPLOAD_ID.fullmatch(value):
+        return UploadId(value)
+    scheme = value[:8].lower()
+    if scheme == "https://":
+        if len(value) > 4096:
+            raise _Wrong("must be a URL of at most 4096 characters")
+        return ImageUrl(value)
+    if scheme.startswith("http://"):
+        raise _Wrong("must be an https URL, not http")
+    encoded = value
+    if scheme.startswith("data:"):
+        header, comma, encoded = value.partition(",")
+        if not comma or not header.lower().endswith(";base64"):
+            raise _Wrong("must be a data URI of the form data:image/...;base64,...")
+    try:
+        data = base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise _Wrong("must be an upload id, an https URL, a data URI or base64; this is no valid base64") from None
+    if not data:
+        raise _Wrong("holds no bytes")
+    return InlineImage(data)
+
+
+_PARAMS: dict[str, Callable[[Any], Any]] = {
+    "prompt": _prompt,
+    "negative_prompt": _text(MAX_PROMPT),
+    "samples": _integer(1, 4),
+    "scheduler": _one_of(SCHEDULERS),
+    "num_inference_steps": _integer(20, 100),
+    "guidance_scale": _decimal(0.1, 25),
+    "strength": _decimal(0.1, 1),
+    "seed": _seed,
+    "img_width": _size,
+    "img_height": _size,
+    "fit": _one_of(FITS),
+    "output_format": _one_of(OUTPUT_FORMATS),
+}
+_OTHERS: dict[str, Callable[[Any], Any]] = {"image": _image, "base64": _boolean, "metadata": _metadata}
+FIELDS = ("image", *_PARAMS, "base64", "metadata")
+REQUIRED = ("image", "prompt")
+
+
+def parse_request(body: Any) -> Img2ImgRequest:
+    """Check a decoded JSON body.
+
+    Raises `InvalidRequest` naming every wrong, missing and unknown field with what it accepts.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object", errors=[FieldError("body", "must be a JSON object")])
+    errors: list[FieldError] = []
+    values: dict[str, Any] = {}
+    for name, value in body.items():
+        parse = _PARAMS.get(name) or _OTHERS.get(name)
+        if parse is None:
+            # Only the start of a name that we do not know: it may be anything, of any length.
+            errors.append(FieldError(name[:100], f"is not known; the fields are {', '.join(FIELDS)}"))
+            continue
+        # Segmind's clients send null for "not set".
+        if value is None and name not in REQUIRED:
+            continue
+        try:
+            values[name] = parse(value)
+        except _Wrong as wrong:
+            errors.append(FieldError(name, str(wrong)))
+    errors += [FieldError(name, "is required") for name in REQUIRED if name not in body]
+    if errors:
+        raise InvalidRequest("; ".join(f"{e.field}: {e.detail}" for e in errors[:20]), errors=errors[:20])
+    return Img2ImgRequest(
+        params=Img2ImgParams(**{name: values[name] for name in _PARAMS if name in values}),
+        image=values["image"],
+        base64=values.get("base64", False),
+        metadata=values.get("metadata", {}),
+    )

@@ -1,0 +1,70 @@
+"""A job as its team sees it: the one JSON form, wherever a job is shown."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from img2img.jobs import Job, Output, OutputStatus
+
+if TYPE_CHECKING:
+    from img2img.bootstrap import Services
+
+
+def _time(ms: float | None) -> str | None:
+    if ms is None:
+        return None
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _between(start: int | None, end: int | None) -> int | None:
+    return None if start is None or end is None else end - start
+
+
+def _output(services: Services, output: Output) -> dict[str, Any]:
+    shown: dict[str, Any] = {"index": output.index, "status": output.status, "seed": output.seed}
+    if output.status is OutputStatus.SUCCEEDED:
+        expires = (services.clock() + services.storage.result_url_ttl) * 1000
+        shown |= {
+            "url": services.storage.output_url(output),
+            "url_expires_at": _time(expires),
+            "content_type": output.content_type,
+            "width": output.width,
+            "height": output.height,
+            "bytes": output.bytes,
+            "sha256": output.sha256,
+        }
+    if output.error_code:
+        shown["error"] = {"code": output.error_code, "detail": output.error_detail}
+    return shown
+
+
+def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
+    """Return the job's JSON form with fresh presigned URLs. Signing asks nothing of AWS.
+
+    `base_url` is the API's address up to its stage, without a slash at its end.
+    """
+    url = job_url(base_url, job.id)
+    return {
+        "id": job.id,
+        "status": job.status,
+        "created_at": _time(job.created_ms),
+        "started_at": _time(job.started_ms),
+        "completed_at": _time(job.completed_ms),
+        "input": job.params.as_dict(),
+        "backend": job.backend,
+        "outputs": [_output(services, output) for output in job.outputs] if job.status.is_terminal else [],
+        "error": {"code": job.error_code, "detail": job.error_detail} if job.error_code else None,
+        "metrics": {
+            "queue_ms": _between(job.created_ms, job.started_ms),
+            "backend_ms": round(job.generation_seconds * 1000) if job.outputs else None,
+            "total_ms": _between(job.created_ms, job.completed_ms),
+        },
+        "metadata": dict(job.metadata),
+        "urls": {"get": url, "cancel": f"{url}/cancel"},
+    }
+
+
+def job_url(base_url: str, job_id: str) -> str:
+    """Return where a job is read."""
+    return f"{base_url}/jobs/{job_id}"

@@ -1,0 +1,45 @@
+"""The queue of jobs. A message only names a job: what it is stands in the table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from img2img.jobs import Job
+
+if TYPE_CHECKING:
+    from mypy_boto3_sqs import SQSClient
+
+
+@dataclass(frozen=True)
+class JobMessage:
+    """Names the job to run, and the request that asked for it."""
+
+    team: str
+    job_id: str
+    correlation_id: str
+
+    @classmethod
+    def from_json(cls, body: str) -> JobMessage:
+        """Read a message body. Raises `ValueError` or `TypeError` for anything else."""
+        return cls(**json.loads(body))
+
+
+class JobQueue:
+    """Sends jobs to the worker."""
+
+    def __init__(self, client: SQSClient, url: str) -> None:
+        self._client = client
+        self._url = url
+
+    def send(self, job: Job) -> None:
+        """Ask a worker to run the job; asking twice is harmless."""
+        message = JobMessage(job.team, job.id, job.correlation_id)
+        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(asdict(message)))
+
+    def redeliver(self, receipt_handle: str, seconds: int) -> None:
+        """Have a message that is reported as failed come back after `seconds`, not after the queue's default."""
+        self._client.change_message_visibility(
+            QueueUrl=self._url, ReceiptHandle=receipt_handle, VisibilityTimeout=seconds
+        )

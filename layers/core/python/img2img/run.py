@@ -1,0 +1,185 @@
+"""Run one job: claim it, generate what is missing, store it, finish."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from aws_lambda_powertools import Logger
+from botocore.exceptions import BotoCoreError, ClientError
+
+from img2img import images
+from img2img.errors import (
+    BackendBroken,
+    BackendRateLimited,
+    DeadlineExceeded,
+    InternalError,
+    JobError,
+    NotFound,
+    OutputBlocked,
+    UnsupportedImage,
+)
+from img2img.jobs import Job, Output, OutputStatus, Status, verdict
+from img2img.submit import RESEND_AFTER
+
+if TYPE_CHECKING:
+    from img2img.bootstrap import Services
+
+logger = Logger(child=True)
+
+# One attempt ends in a crash or in an error that is safe to repeat. So a sample costs at most three failed calls.
+MAX_ATTEMPTS = 3
+
+
+class _StorageTrouble(InternalError):
+    """AWS refused for now; the picture of this sample is lost, but the job is not."""
+
+    retryable = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run came to. `job` is None when there was nothing to do; `retry_after` is seconds until the next try."""
+
+    job: Job | None = None
+    retry_after: int | None = None
+    remaining_credits: float | None = None
+
+
+@dataclass
+class _Sample:
+    index: int
+    output: Output | None = None
+    error: JobError | None = None
+    remaining_credits: float | None = None
+
+
+def _generate(services: Services, job: Job, image: bytes, index: int) -> _Sample:
+    sample = _Sample(index)
+    seed = job.params.seed_of(index)
+    try:
+        generated = services.backend.generate(image, job.params, seed)
+        sample.remaining_credits = generated.remaining_credits
+        data = generated.data
+        picture = images.examine(data)
+        if picture.black:
+            sample.output = Output(
+                index=index,
+                status=OutputStatus.BLOCKED,
+                seed=seed,
+                seconds=generated.seconds,
+                error_code=OutputBlocked.code,
+            )
+            return sample
+        wanted = job.params.output_format
+        if wanted and picture.content_type != f"image/{wanted}":
+            data = images.convert(data, wanted)
+            picture = replace(picture, content_type=f"image/{wanted}")
+        sample.output = services.storage.put_output(job, index, data, picture, generated.seconds)
+    except UnsupportedImage:
+        sample.error = BackendBroken("The backend's answer was no image")
+    except JobError as error:
+        sample.error = error
+    except (BotoCoreError, ClientError) as error:
+        logger.warning("output not stored", error=type(error).__name__, index=index)
+        sample.error = _StorageTrouble("The output could not be stored")
+    return sample
+
+
+def _failed(job: Job, index: int, error: JobError) -> Output:
+    return Output(
+        index=index,
+        status=OutputStatus.FAILED,
+        seed=job.params.seed_of(index),
+        error_code=error.code,
+        error_detail=error.detail,
+    )
+
+
+def _merge(*groups: Iterable[Output]) -> tuple[Output, ...]:
+    return tuple(sorted({output.index: output for group in groups for output in group}.values(), key=lambda o: o.index))
+
+
+def _backoff(job: Job, errors: list[JobError], now: float) -> int | None:
+    """Return the seconds to wait before the next attempt, or None when there is to be none."""
+    limited = [error for error in errors if isinstance(error, BackendRateLimited)]
+    if len(limited) < len(errors) and job.attempts >= MAX_ATTEMPTS:
+        return None
+    waits = [error.retry_after or 0 for error in limited]
+    if len(limited) < len(errors):
+        waits.append(2.0**job.attempts)
+    wait = math.ceil(max(waits))
+    return wait if now + wait < job.deadline_at else None
+
+
+def run_job(services: Services, team: str, job_id: str) -> Run:
+    """Run a job to its end, or to where it has to wait.
+
+    A second delivery of the same message finds the job claimed or ended and changes nothing.
+    """
+    job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
+    if job is None:
+        return Run()
+    if services.clock() >= job.deadline_at:
+        return _finish(services, job, DeadlineExceeded("The job was not done before its deadline"))
+    if job.attempts > 1:
+        # An earlier attempt may have crashed with pictures already paid for and stored.
+        job = replace(job, outputs=_merge(job.outputs, services.storage.stored_outputs(job)))
+    missing = [index for index in range(job.params.samples) if job.output(index) is None]
+    if not missing:
+        return _finish(services, job, verdict(job.outputs))
+    if job.attempts > MAX_ATTEMPTS:
+        return _finish(services, job, verdict(job.outputs) or InternalError("The job could not be completed"))
+    image = services.storage.get_input(job)
+    with ThreadPoolExecutor(len(missing)) as pool:
+        samples = list(pool.map(lambda index: _generate(services, job, image, index), missing))
+    return _conclude(services, job, samples)
+
+
+def _conclude(services: Services, job: Job, samples: list[_Sample]) -> Run:
+    """Keep what ended, wait for what may be asked for again, or finish."""
+    done = [sample.output for sample in samples if sample.output]
+    errors = {sample.index: sample.error for sample in samples if sample.error}
+    again = [error for error in errors.values() if error.retryable]
+    left = [sample.remaining_credits for sample in samples if sample.remaining_credits is not None]
+    wait = _backoff(job, again, services.clock()) if again else None
+    failed = [_failed(job, index, e) for index, e in errors.items() if wait is None or not e.retryable]
+    job = replace(
+        job,
+        outputs=_merge(job.outputs, done, failed),
+        remaining_credits=min(left) if left else job.remaining_credits,
+    )
+    if wait is None:
+        return _finish(services, job, verdict(job.outputs))
+    # The message's own return comes first; `sweep` only steps in when that is lost.
+    due_at = min(int(services.clock()) + wait + RESEND_AFTER, job.deadline_at)
+    counts = not all(isinstance(error, BackendRateLimited) for error in again)
+    if not services.jobs.release(job, due_at=due_at, counts=counts):
+        return _discard(services, job)
+    logger.info("job waits", codes=sorted({e.code for e in again}), seconds=wait, attempt=job.attempts)
+    return Run(job, retry_after=wait, remaining_credits=job.remaining_credits)
+
+
+def _finish(services: Services, job: Job, error: JobError | None) -> Run:
+    ended = services.jobs.finish(job, error=error)
+    if ended is None:
+        return _discard(services, job)
+    return Run(ended, remaining_credits=job.remaining_credits)
+
+
+def _discard(services: Services, job: Job) -> Run:
+    """Remove what was generated for a job that was canceled or deleted meanwhile.
+
+    When another worker took the job over, the objects are that worker's as well and stay.
+    """
+    try:
+        wanted = services.jobs.get(job.team, job.id).status is not Status.CANCELED
+    except NotFound:
+        wanted = False
+    logger.info("job moved on while it was run", outputs_kept=wanted)
+    if not wanted:
+        services.storage.delete_outputs(job.team, job.id)
+    return Run(remaining_credits=job.remaining_credits)

@@ -1,0 +1,60 @@
+"""The only place that reads the environment. `template.yaml` sets every name below; the README lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+
+def _setting(name: str, help: str, default: Any = MISSING) -> Any:  # noqa: A002 (the usual name for it)
+    return field(metadata={"name": name, "help": help}, **({} if default is MISSING else {"default": default}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a deployment can choose. Sizes in bytes, times in seconds."""
+
+    jobs_table: str = _setting("JOBS_TABLE", "DynamoDB table of jobs and guards")
+    idempotency_table: str = _setting("IDEMPOTENCY_TABLE", "DynamoDB table of Powertools idempotency")
+    uploads_bucket: str = _setting("UPLOADS_BUCKET", "bucket of uploads and prepared inputs")
+    results_bucket: str = _setting("RESULTS_BUCKET", "bucket of results")
+    jobs_queue_url: str = _setting("JOBS_QUEUE_URL", "SQS queue that feeds the worker")
+    segmind_secret_id: str = _setting("SEGMIND_SECRET_ID", "Secrets Manager secret that holds the Segmind key")
+    segmind_base_url: str = _setting("SEGMIND_BASE_URL", "address of Segmind's v1 API", "https://api.segmind.com/v1")
+    segmind_timeout: int = _setting("SEGMIND_TIMEOUT_SECONDS", "longest wait for one Segmind answer", 90)
+    default_team: str = _setting("DEFAULT_TEAM", "team that every API key belongs to", "default")
+    lease_seconds: int = _setting("LEASE_SECONDS", "how long a claimed job belongs to one worker", 130)
+    job_deadline: int = _setting("JOB_DEADLINE_SECONDS", "age at which an unfinished job fails", 1800)
+    retention_days: int = _setting("RETENTION_DAYS", "days until jobs and their objects expire", 30)
+    result_url_ttl: int = _setting("RESULT_URL_TTL_SECONDS", "life of a presigned result URL", 3600)
+    upload_url_ttl: int = _setting("UPLOAD_URL_TTL_SECONDS", "life of a presigned upload form", 900)
+    max_image_bytes: int = _setting("MAX_IMAGE_BYTES", "largest image file accepted", 25_000_000)
+    max_image_pixels: int = _setting("MAX_IMAGE_PIXELS", "most pixels an image may have", 64_000_000)
+    cors_origin: str = _setting("CORS_ORIGIN", "origin that browsers may call from", "*")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the settings.
+
+        Raises `ValueError` naming every missing or malformed variable at once.
+        """
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        for item in fields(cls):
+            name = item.metadata["name"]
+            text = environ.get(name)
+            if not text:
+                if item.default is MISSING:
+                    problems.append(f"{name} is not set ({item.metadata['help']})")
+                continue
+            if isinstance(item.default, int):
+                if not text.isascii() or not text.isdigit():
+                    problems.append(f"{name} must be a whole number, not {text!r}")
+                    continue
+                values[item.name] = int(text)
+            else:
+                values[item.name] = text
+        if problems:
+            raise ValueError("; ".join(problems))
+        return cls(**values)

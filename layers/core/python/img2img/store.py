@@ -1,0 +1,344 @@
+"""Jobs in DynamoDB: every step a conditional write, so that a second delivery changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from img2img.dynamo import Item, cancellations, error_code, number, outputs_json, text, through_conflicts, to_job
+from img2img.errors import JobError, NotFound
+from img2img.ids import first_id_at, id_before, new_id
+from img2img.jobs import Job, Status, before
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+# Spreads the sparse index `open` over partitions: one would bound all writes to 1,000 a second.
+OPEN_SHARDS = 4
+GUARD_TTL = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Ties an idempotency key to one job for good, in the transaction that creates the job."""
+
+    team: str
+    key: str
+    fingerprint: str
+
+    @property
+    def pk(self) -> str:
+        return f"GUARD#{self.team}#{self.key}"
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What an earlier request with the same guard made."""
+
+    job_id: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """Jobs, newest first; `cursor` continues after the last one."""
+
+    jobs: list[Job]
+    cursor: str | None
+
+
+class JobStore:
+    """The table of jobs and guards. `clock` returns epoch seconds."""
+
+    def __init__(self, client: DynamoDBClient, table: str, *, retention_days: int, clock: Callable[[], float]) -> None:
+        self._client = client
+        self._table = table
+        self._retention = retention_days * 86_400
+        self._clock = clock
+
+    @staticmethod
+    def _key(team: str, job_id: str) -> dict[str, Any]:
+        return {"pk": text(f"TEAM#{team}"), "sk": text(f"JOB#{job_id}")}
+
+    def create(self, job: Job, guard: Guard | None = None) -> Guarded | None:
+        """Write a new job and its guard in one transaction.
+
+        Returns None when written, or what the guard already holds; then nothing was written.
+        """
+        item: dict[str, Any] = {
+            **self._key(job.team, job.id),
+            "key_id": text(job.key_id),
+            "correlation_id": text(job.correlation_id),
+            "status": text(job.status),
+            "params": text(json.dumps(job.params.as_dict())),
+            "metadata": text(json.dumps(dict(job.metadata))),
+            "backend": text(job.backend),
+            "created_ms": number(job.created_ms),
+            "deadline_at": number(job.deadline_at),
+            "due_at": number(job.due_at or job.deadline_at),
+            "open_shard": text(f"OPEN#{sum(job.id.encode()) % OPEN_SHARDS}"),
+            "attempts": number(0),
+            "expires_at": number(job.created_ms // 1000 + self._retention),
+        }
+        not_written_before = "attribute_not_exists(pk)"
+        writes: list[Any] = [
+            {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_written_before}}
+        ]
+        if guard:
+            now = job.created_ms // 1000
+            gone_by_now = "expires_at <= :now"
+            writes.append(
+                {
+                    "Put": {
+                        "TableName": self._table,
+                        "Item": {
+                            "pk": text(guard.pk),
+                            "sk": text("GUARD"),
+                            "job_id": text(job.id),
+                            "fingerprint": text(guard.fingerprint),
+                            "expires_at": number(now + GUARD_TTL),
+                        },
+                        "ConditionExpression": f"{not_written_before} OR {gone_by_now}",
+                        "ExpressionAttributeValues": {":now": number(now)},
+                        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+                    }
+                }
+            )
+        try:
+            through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
+        except ClientError as error:
+            reasons = error.response.get("CancellationReasons", [])
+            if not guard or cancellations(error)[1:] != ["ConditionalCheckFailed"]:
+                raise
+            held: Item = reasons[1]["Item"]
+            return Guarded(held["job_id"]["S"], held["fingerprint"]["S"])
+        return None
+
+    def get(self, team: str, job_id: str) -> Job:
+        """Return a job as it is now. Raises `NotFound`, also for another team's job."""
+        answer = self._client.get_item(TableName=self._table, Key=self._key(team, job_id), ConsistentRead=True)
+        # TTL deletes late, up to two days: an expired item counts as gone.
+        if "Item" not in answer or int(answer["Item"]["expires_at"]["N"]) <= self._clock():
+            raise NotFound(f"There is no job {job_id}")
+        return to_job(answer["Item"])
+
+    def list(
+        self,
+        team: str,
+        *,
+        limit: int,
+        cursor: str | None = None,
+        status: Status | None = None,
+        created_after_ms: int | None = None,
+        created_before_ms: int | None = None,
+    ) -> Page:
+        """Return the team's jobs, newest first, both bounds exclusive.
+
+        Reads at most ten pages: with a rare status a page may be short and still carry a cursor.
+        """
+        low = first_id_at(0 if created_after_ms is None else created_after_ms + 1)
+        high = id_before(first_id_at(2**48 - 1 if created_before_ms is None else created_before_ms))
+        if cursor:
+            high = min(high, id_before(cursor))
+        query: dict[str, Any] = {
+            "TableName": self._table,
+            "KeyConditionExpression": "pk = :pk AND sk BETWEEN :low AND :high",
+            "ExpressionAttributeValues": {
+                ":pk": text(f"TEAM#{team}"),
+                ":low": text(f"JOB#{low}"),
+                ":high": text(f"JOB#{high}"),
+                ":now": number(int(self._clock())),
+            },
+            "ScanIndexForward": False,
+            "Limit": limit + 1 if status is None else 100,
+            "FilterExpression": "expires_at > :now",
+        }
+        if low > high:
+            return Page([], None)
+        if status is not None:
+            query["FilterExpression"] += " AND #status = :status"
+            query["ExpressionAttributeNames"] = {"#status": "status"}
+            query["ExpressionAttributeValues"][":status"] = text(status)
+        jobs: list[Job] = []
+        last: str | None = None
+        for _ in range(10):
+            answer = self._client.query(**query)
+            jobs += [to_job(item) for item in answer["Items"]]
+            if len(jobs) > limit:
+                return Page(jobs[:limit], jobs[limit - 1].id)
+            if "LastEvaluatedKey" not in answer:
+                return Page(jobs, None)
+            query["ExclusiveStartKey"] = answer["LastEvaluatedKey"]
+            last = str(answer["LastEvaluatedKey"]["sk"]["S"]).removeprefix("JOB#")
+        return Page(jobs, last)
+
+    def _update(
+        self, team: str, job_id: str, update: str, condition: str, values: Mapping[str, Any]
+    ) -> tuple[bool, Job | None]:
+        """Return whether the condition held, and the job after the write or, if not written, as it is."""
+        try:
+            answer = through_conflicts(
+                lambda: self._client.update_item(
+                    TableName=self._table,
+                    Key=self._key(team, job_id),
+                    UpdateExpression=update,
+                    ConditionExpression=condition,
+                    ExpressionAttributeNames={"#status": "status"},
+                    ExpressionAttributeValues=values,
+                    ReturnValues="ALL_NEW",
+                    ReturnValuesOnConditionCheckFailure="ALL_OLD",
+                )
+            )
+        except ClientError as error:
+            if error_code(error) != "ConditionalCheckFailedException":
+                raise
+            held: Item | None = error.response.get("Item")  # type: ignore[assignment]
+            return False, to_job(held) if held else None
+        return True, to_job(answer["Attributes"])
+
+    def claim(self, team: str, job_id: str, *, lease_seconds: int) -> Job | None:
+        """Take the job for one worker. Returns None when it is finished, gone or another worker's."""
+        now = int(self._clock())
+        waiting = "#status = :queued"
+        lease_ran_out = "(#status = :processing AND due_at <= :now)"
+        claimed, job = self._update(
+            team,
+            job_id,
+            "SET #status = :processing, lease = :lease, due_at = :due, "
+            "started_ms = if_not_exists(started_ms, :now_ms) ADD attempts :one",
+            f"{waiting} OR {lease_ran_out}",
+            {
+                ":queued": text(Status.QUEUED),
+                ":processing": text(Status.PROCESSING),
+                ":lease": text(new_id(now * 1000)),
+                ":due": number(now + lease_seconds),
+                ":now_ms": number(int(self._clock() * 1000)),
+                ":now": number(now),
+                ":one": number(1),
+            },
+        )
+        return job if claimed else None
+
+    def release(self, job: Job, *, due_at: int, counts: bool) -> bool:
+        """Give a claimed job back to the queue, keeping the samples that ended.
+
+        `counts` is False for a wait that was no attempt. Returns False when the job is no longer this worker's.
+        """
+        still_ours = "lease = :lease"
+        released, _ = self._update(
+            job.team,
+            job.id,
+            "SET #status = :queued, due_at = :due, outputs = :outputs REMOVE lease ADD attempts :uncounted",
+            still_ours,
+            {
+                ":queued": text(Status.QUEUED),
+                ":due": number(due_at),
+                ":outputs": outputs_json(job.outputs),
+                ":uncounted": number(0 if counts else -1),
+                ":lease": text(job.lease or ""),
+            },
+        )
+        return released
+
+    def finish(self, job: Job, *, error: JobError | None) -> Job | None:
+        """End a job that the caller holds as claimed or, for `sweep`, as last seen.
+
+        Returns the ended job, or None when it has moved on meanwhile; then nothing was written.
+        """
+        status = Status.FAILED if error else Status.SUCCEEDED
+        now_ms = int(self._clock() * 1000)
+        ended = replace(
+            job,
+            status=status,
+            completed_ms=now_ms,
+            due_at=None,
+            lease=None,
+            error_code=error.code if error else "",
+            error_detail=error.detail if error else "",
+        )
+        as_seen = "#status = :seen"
+        same_holder = "lease = :lease" if job.lease else "attribute_not_exists(lease)"
+        values: dict[str, Any] = {
+            ":seen": text(job.status),
+            ":status": text(status),
+            ":completed": number(now_ms),
+            ":outputs": outputs_json(job.outputs),
+            ":code": text(ended.error_code),
+            ":detail": text(ended.error_detail),
+        }
+        sets = "#status = :status, completed_ms = :completed, outputs = :outputs"
+        sets += ", error_code = :code, error_detail = :detail"
+        if job.lease:
+            values[":lease"] = text(job.lease)
+        if job.remaining_credits is not None:
+            sets += ", remaining_credits = :remaining"
+            values[":remaining"] = text(repr(job.remaining_credits))
+        update: Any = {
+            "TableName": self._table,
+            "Key": self._key(job.team, job.id),
+            "UpdateExpression": f"SET {sets} REMOVE lease, due_at, open_shard",
+            "ConditionExpression": f"{as_seen} AND {same_holder}",
+            "ExpressionAttributeNames": {"#status": "status"},
+            "ExpressionAttributeValues": values,
+        }
+        try:
+            through_conflicts(lambda: self._client.transact_write_items(TransactItems=[{"Update": update}]))
+        except ClientError as failure:
+            if "ConditionalCheckFailed" not in cancellations(failure):
+                raise
+            return None
+        return ended
+
+    def cancel(self, team: str, job_id: str) -> Job:
+        """Cancel an unfinished job; a finished one stays as it is. Raises `NotFound`."""
+        cancelable = [f":from{number}" for number, _ in enumerate(before(Status.CANCELED))]
+        _, job = self._update(
+            team,
+            job_id,
+            "SET #status = :canceled, completed_ms = :now REMOVE lease, due_at, open_shard",
+            f"#status IN ({', '.join(cancelable)})",
+            {
+                ":canceled": text(Status.CANCELED),
+                ":now": number(int(self._clock() * 1000)),
+                **dict(zip(cancelable, map(text, before(Status.CANCELED)), strict=True)),
+            },
+        )
+        if job is None:
+            raise NotFound(f"There is no job {job_id}")
+        return job
+
+    def delete(self, team: str, job_id: str) -> None:
+        """Delete a job; deleting it twice is no error."""
+        through_conflicts(lambda: self._client.delete_item(TableName=self._table, Key=self._key(team, job_id)))
+
+    def overdue(self) -> Iterator[Job]:
+        """Yield the unfinished jobs whose `due_at` has passed. The index may lag behind the table."""
+        for shard in range(OPEN_SHARDS):
+            pages = self._client.get_paginator("query").paginate(
+                TableName=self._table,
+                IndexName="open",
+                KeyConditionExpression="open_shard = :shard AND due_at <= :now",
+                ExpressionAttributeValues={":shard": text(f"OPEN#{shard}"), ":now": number(int(self._clock()))},
+            )
+            for page in pages:
+                yield from map(to_job, page["Items"])
+
+    def postpone(self, job: Job, *, due_at: int) -> bool:
+        """Set when `sweep` looks at a queued job again.
+
+        Returns False when the job has moved on or another sweep came first.
+        """
+        still_queued = "#status = :queued"
+        as_seen = "due_at = :seen"
+        postponed, _ = self._update(
+            job.team,
+            job.id,
+            "SET due_at = :due",
+            f"{still_queued} AND {as_seen}",
+            {":queued": text(Status.QUEUED), ":seen": number(job.due_at or 0), ":due": number(due_at)},
+        )
+        return postponed

@@ -1,0 +1,60 @@
+"""Take an image in: straight to S3 with a presigned POST, or in a request body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from img2img import images
+from img2img.errors import FieldError, InvalidRequest, TooLarge
+from img2img.ids import new_id
+
+if TYPE_CHECKING:
+    from img2img.bootstrap import Services
+
+
+@dataclass(frozen=True)
+class StoredUpload:
+    """An upload that is stored and known to be an image."""
+
+    id: str
+    image: images.ImageInfo
+    bytes: int
+
+
+def _new_upload_id(services: Services) -> str:
+    return f"upl_{new_id(int(services.clock() * 1000))}"
+
+
+def announce(services: Services, team: str, body: Any) -> dict[str, Any]:
+    """Return a presigned POST for one image: `id`, `url`, `fields`, `method`, `max_bytes`, `expires_in` (seconds).
+
+    `body` may name the `content_type`, else it is JPEG. Raises `InvalidRequest`.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object", errors=[FieldError("body", "must be a JSON object")])
+    unknown = [name for name in body if name != "content_type"]
+    errors = [FieldError(name[:100], "is not known; the field is content_type") for name in unknown]
+    content_type = body.get("content_type", "image/jpeg")
+    if content_type not in images.ACCEPTED_CONTENT_TYPES:
+        errors.append(FieldError("content_type", f"must be one of {', '.join(images.ACCEPTED_CONTENT_TYPES)}"))
+    if errors:
+        raise InvalidRequest("; ".join(f"{e.field}: {e.detail}" for e in errors[:20]), errors=errors[:20])
+    upload_id = _new_upload_id(services)
+    return {
+        "id": upload_id,
+        "method": "POST",
+        **services.storage.presigned_upload(team, upload_id, content_type),
+        "max_bytes": services.settings.max_image_bytes,
+        "expires_in": services.settings.upload_url_ttl,
+    }
+
+
+def store(services: Services, team: str, data: bytes) -> StoredUpload:
+    """Store an image that came in a request body. Raises `TooLarge` and `UnsupportedImage`."""
+    if len(data) > services.settings.max_image_bytes:
+        raise TooLarge.of_field("body", f"must have at most {services.settings.max_image_bytes} bytes")
+    info = images.inspect(data, max_pixels=services.settings.max_image_pixels)
+    upload_id = _new_upload_id(services)
+    services.storage.put_upload(team, upload_id, data, info.content_type)
+    return StoredUpload(upload_id, info, len(data))

@@ -1,0 +1,112 @@
+"""The commands of `python -m local`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+
+from local.demo import DEFAULT_PROMPT, SAMPLE, DemoFailed, demo
+from local.functions import FunctionError
+from local.stack import API_KEY, LOGS, Stack
+from local.template import TemplateError
+
+PORT = 3000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the process's exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.action(options))
+    except (DemoFailed, FunctionError, TemplateError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        print(f"error: port {options.port} is in use; choose another with --port", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m local", description="The whole system on one machine.")
+    commands = parser.add_subparsers(required=True, metavar="run|demo")
+    run = commands.add_parser("run", help="run the system until Ctrl-C")
+    run.set_defaults(action=_run)
+    run.add_argument("--port", type=int, default=PORT, help="where the API listens (default: %(default)s)")
+    run.add_argument(
+        "--latency", type=float, default=1.0, help="seconds that a simulated picture takes (default: %(default)s)"
+    )
+    run.add_argument("--verbose", action="store_true", help="the functions' logs on the terminal instead of in files")
+    show = commands.add_parser("demo", help="turn one image into another")
+    show.set_defaults(action=_demo, port=0)
+    show.add_argument("image", nargs="?", type=Path, default=SAMPLE, help="default: events/sample.jpg")
+    show.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="default: %(default)s")
+    show.add_argument(
+        "--url",
+        default=f"http://127.0.0.1:{PORT}/v1",
+        help="the API; when nobody listens there, a system of its own is started (default: %(default)s)",
+    )
+    show.add_argument("--out", type=Path, default=Path("out"), help="folder of the result (default: %(default)s)")
+    return parser
+
+
+def _new_stack(port: int, *, latency: float, verbose: bool = False) -> Stack:
+    return Stack(
+        port, segmind_key=os.environ.get("SEGMIND_API_KEY"), latency=latency, verbose=verbose, api_key=_api_key()
+    )
+
+
+def _api_key() -> str:
+    return os.environ.get("API_KEY") or API_KEY
+
+
+def _run(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    with _new_stack(options.port, latency=options.latency, verbose=options.verbose) as stack:
+        logs = "this terminal" if options.verbose else _short(LOGS)
+        print(_welcome(stack, time.monotonic() - started, logs), flush=True)
+        while stack.alive:
+            time.sleep(0.5)
+    print(f"error: a part of the system ended by itself; see {_short(LOGS)}", file=sys.stderr)
+    return 1
+
+
+def _demo(options: argparse.Namespace) -> int:
+    demo(
+        options.url,
+        _api_key(),
+        options.image,
+        options.prompt,
+        options.out,
+        fresh_stack=lambda: _new_stack(0, latency=2.0),
+    )
+    return 0
+
+
+def _welcome(stack: Stack, seconds: float, logs: str) -> str:
+    backend = "the real API, with the key of SEGMIND_API_KEY"
+    if stack.segmind:
+        backend = f"simulated; its answers are controlled at {stack.segmind.control_url}"
+    # Through pipes: one argument of a command may not be as long as an image is.
+    sample = _short(SAMPLE)
+    curl = (
+        f"""(printf '{{"prompt": "{DEFAULT_PROMPT}", "image": "'; base64 < {sample} | tr -d '\\n'; printf '"}}') |\n"""
+        f"    curl -s {stack.url}/sd1.5-img2img -H 'x-api-key: {stack.api_key}'"
+        " -H 'content-type: application/json' -d @-"
+    )
+    return (
+        f"API      {stack.url}   (ready after {seconds:.1f} s, Ctrl-C stops it)\n"
+        f"Key      {stack.api_key}   (header x-api-key)\n"
+        f"Segmind  {backend}\n"
+        f"Logs     {logs}\n"
+        f"Try\n  {curl}\n"
+    )
+
+
+def _short(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

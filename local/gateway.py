@@ -1,0 +1,137 @@
+"""API Gateway on one machine: HTTP in, REST proxy events to the functions, HTTP out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
+
+from local.http_server import Handler, LoopbackServer
+from local.lambda_runtime import RequestTooLarge, Result
+from local.rest_api import Answer, MalformedAnswer, Request, RestApi, Route
+from local.template import ApiSpec
+
+MAX_BODY = 10 * 2**20
+Invoke = Callable[[str, bytes], Result]
+_log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Serves one REST API on loopback. `keys` maps a key's value to its id."""
+
+    def __init__(self, port: int, *, keys: Mapping[str, str], log: Path) -> None:
+        """Take the port; whoever connects before `serve` waits for it."""
+        self.keys = keys
+        self._invoke: Invoke | None = None
+        self._api: RestApi | None = None
+        self._server = LoopbackServer(type("GatewayHandler", (_GatewayHandler,), {"gateway": self}), port)
+        self._log: IO[str] = log.open("a", buffering=1)
+
+    @property
+    def api(self) -> RestApi:
+        assert self._api is not None, "the gateway does not serve yet"
+        return self._api
+
+    @property
+    def url(self) -> str:
+        return f"http://{self._server.address}/{self.api.stage}"
+
+    def serve(self, spec: ApiSpec, invoke: Invoke) -> None:
+        self._api = RestApi(spec)
+        self._invoke = invoke
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+        self._log.close()
+
+    def note(self, request: Request, answer: Answer, seconds: float) -> None:
+        """Write a line of the access log; neither query nor headers, which may hold what nobody should read."""
+        line = {"method": request.method, "path": request.path, "status": answer.status, "ms": round(seconds * 1000)}
+        self._log.write(json.dumps({**line, "requestId": request.id}) + "\n")
+
+    def answer(self, request: Request) -> Answer:
+        """Do what the gateway does with a request whose body has been read."""
+        route = self.api.match(request.method, self.api.path_within_stage(request.path))
+        if route is None:
+            return self.api.own_answer("MISSING_AUTHENTICATION_TOKEN", request)
+        request.resource = route.resource
+        key = request.headers.get("x-api-key", "")
+        if route.needs_key and key not in self.keys:
+            return self.api.own_answer("INVALID_API_KEY", request)
+        if route.function is None:
+            return self.api.mock(request, route)
+        event = self.api.event(request, route, (self.keys[key], key) if route.needs_key else None)
+        return self._integrate(request, route, json.dumps(event).encode())
+
+    def _integrate(self, request: Request, route: Route, event: bytes) -> Answer:
+        outcome: list[Result | Exception] = []
+        invoke = self._invoke
+        assert invoke is not None
+
+        def call() -> None:
+            try:
+                outcome.append(invoke(route.function or "", event))
+            except RequestTooLarge as error:
+                outcome.append(error)
+
+        # The gateway hangs up on a function that takes too long; the function itself runs on.
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(route.timeout)
+        match outcome:
+            case []:
+                return self.api.own_answer("INTEGRATION_TIMEOUT", request)
+            case [Result(failed=False) as result]:
+                try:
+                    return self.api.answer(request, result.json())
+                except MalformedAnswer:
+                    return self.api.own_answer("DEFAULT_5XX", request)
+            case [RequestTooLarge()]:
+                return self.api.own_answer("REQUEST_TOO_LARGE", request)
+            case _:
+                return self.api.own_answer("DEFAULT_5XX", request)
+
+
+class _GatewayHandler(Handler):
+    gateway: Gateway
+    timeout = 75  # how long a connection may idle
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        # Whatever the method: an unknown one is answered as an unknown route is.
+        if name.startswith("do_"):
+            return self._handle
+        raise AttributeError(name)
+
+    def handle_expect_100(self) -> bool:
+        # A client that asks first is told "too large" before it sends anything.
+        length = self.headers.get("Content-Length", "")
+        return (length.isdecimal() and int(length) > MAX_BODY) or super().handle_expect_100()
+
+    def _handle(self) -> None:
+        started = time.monotonic()
+        request = Request(self.command, self.path, self.headers, self.client_address[0])
+        try:
+            body = self.read_body(MAX_BODY)
+        except ValueError:
+            answer = self.gateway.api.own_answer("BAD_REQUEST_BODY", request)
+            self.reply_and_drop_body(answer.status, answer.headers, answer.body)
+            return
+        if body is None:
+            answer = self.gateway.api.own_answer("REQUEST_TOO_LARGE", request)
+            self.gateway.note(request, answer, time.monotonic() - started)
+            self.reply_and_drop_body(answer.status, answer.headers, answer.body)
+            return
+        request.body = body
+        try:
+            answer = self.gateway.answer(request)
+        except Exception:
+            _log.exception("the gateway failed at %s %s", request.method, urlsplit(request.target).path)
+            answer = self.gateway.api.own_answer("DEFAULT_5XX", request)
+        self.gateway.note(request, answer, time.monotonic() - started)
+        self.reply(answer.status, answer.headers, answer.body)

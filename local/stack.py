@@ -1,0 +1,195 @@
+"""The composition root of `local/`: everything that runs, started and stopped as one.
+
+with Stack() as stack:
+    requests.get(f"{stack.url}/health")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from local.aws import Aws, provision
+from local.functions import Function, FunctionError
+from local.gateway import Gateway
+from local.lambda_runtime import Result
+from local.pollers import Clock, QueuePoller
+from local.segmind import SegmindStandIn
+from local.template import Application, Blueprint, FunctionSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / ".local" / "logs"
+API_KEY = "local-development-key"
+_API_KEY_ID = "local-development"
+_STAND_IN_KEY = "simulated-segmind-key"
+# Sandboxes of a function that no event source limits.
+_CONCURRENCY = 40
+
+
+class Stack:
+    """The whole system on one machine.
+
+    `url` is where the API listens, `api_key` the key that it takes, `segmind` the stand-in (None with a key of
+    Segmind's: then the real API is called), `resources` the physical ids by logical id, `logs` the folder with a file
+    for each function, `environment` what each function runs with. With `schedules=False` the clock stands still.
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        segmind_key: str | None = None,
+        latency: float = 0.0,
+        segmind_port: int = 0,
+        api_key: str = API_KEY,
+        parameters: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        template: Path = ROOT / "template.yaml",
+        logs: Path = LOGS,
+        verbose: bool = False,
+        schedules: bool = True,
+    ) -> None:
+        self.api_key = api_key
+        self.logs = logs
+        self.segmind: SegmindStandIn | None = None
+        self.resources: Mapping[str, str] = {}
+        self.functions: dict[str, Function] = {}
+        self.environment: dict[str, Mapping[str, str]] = {}
+        self._port = port
+        self._segmind_key = segmind_key
+        self._segmind = (segmind_port, latency)
+        self._parameters = dict(parameters or {})
+        self._overrides = dict(environment or {})
+        self._template = template
+        self._verbose = verbose
+        self._schedules = schedules
+        self._gateway: Gateway | None = None
+        self._aws: Aws | None = None
+        self._ending = contextlib.ExitStack()
+
+    def __enter__(self) -> Stack:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        assert self._gateway is not None, "the stack is not started"
+        return self._gateway.url
+
+    @property
+    def aws(self) -> dict[str, Any]:
+        """Keyword arguments for `boto3.client` and `boto3.resource`."""
+        return self._moto.client_options
+
+    @property
+    def _moto(self) -> Aws:
+        assert self._aws is not None, "the stack is not started"
+        return self._aws
+
+    def client(self, service: str) -> Any:
+        """Return a boto3 client of the stack's AWS."""
+        return self._moto.client(service)
+
+    def invoke(self, function: str, event: Any) -> Any:
+        """Run a function with an event and return what it returned.
+
+        Raises `FunctionError` when it raised, timed out or ended its process.
+        """
+        result = self.functions[function].invoke(json.dumps(event).encode())
+        if result.failed:
+            raise FunctionError(result.json())
+        return result.json()
+
+    @property
+    def alive(self) -> bool:
+        return self._moto.alive and all(function.alive for function in self.functions.values())
+
+    def log_lines(self, function: str | None = None) -> Iterator[str]:
+        """Return what the functions, or one of them, wrote so far."""
+        for name in [function] if function else self.functions:
+            yield from (self.logs / f"{name}.log").read_text().splitlines()
+
+    def start(self) -> None:
+        """Start everything, and return when all of it is ready.
+
+        Raises `OSError` when the port is taken, `FunctionError` when a function cannot start.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        # What is registered first is stopped last. The port comes first: whether it is free shows at once.
+        gateway = self._gateway = Gateway(self._port, keys={self.api_key: _API_KEY_ID}, log=self._fresh_log("gateway"))
+        self._ending.callback(gateway.stop)
+        aws = self._aws = Aws(self._fresh_log("moto"))
+        self._ending.callback(aws.close)
+        blueprint = Blueprint.load(self._template, self._parameters)
+        aws.wait_until_ready()
+        self.resources, resolved = provision(aws, blueprint)
+        application = Application.read(resolved, blueprint.directories, blueprint.layers)
+        shared = aws.environment | self._start_segmind() | self._overrides
+        for spec in application.functions:
+            self._start_function(spec, shared, application)
+        for function in self.functions.values():
+            function.wait_until_ready()
+        self._start_triggers(application)
+        gateway.serve(application.api, self._call)
+
+    def stop(self) -> None:
+        """Stop everything; what was running is cut off."""
+        self._ending.close()
+
+    def _start_segmind(self) -> dict[str, str]:
+        """Store the key, and return what the functions need to reach the backend."""
+        secret = self.resources["SegmindSecret"]
+        self.client("secretsmanager").put_secret_value(SecretId=secret, SecretString=self._segmind_key or _STAND_IN_KEY)
+        if self._segmind_key:
+            return {}
+        port, latency = self._segmind
+        self.segmind = self._ending.enter_context(SegmindStandIn(_STAND_IN_KEY, port=port, latency=latency))
+        return {"SEGMIND_BASE_URL": self.segmind.url}
+
+    def _start_function(self, spec: FunctionSpec, shared: Mapping[str, str], application: Application) -> None:
+        limits = [mapping.max_concurrency for mapping in application.mappings if mapping.function == spec.name]
+        function = Function(
+            spec,
+            shared,
+            log=None if self._verbose else self._fresh_log(spec.name),
+            concurrency=sum(limits) or _CONCURRENCY,
+        )
+        self.functions[spec.name] = function
+        self.environment[spec.name] = {**spec.environment, **shared}
+        self._ending.callback(function.close)
+
+    def _start_triggers(self, application: Application) -> None:
+        clock = Clock(application.schedules if self._schedules else (), self._call)
+        pollers: list[QueuePoller | Clock] = [clock]
+        sqs = self.client("sqs")
+        for mapping in application.mappings:
+            url = self.resources[mapping.queue]
+            arn = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+            pollers.append(QueuePoller(mapping, url, arn, sqs, self._call))
+        for poller in pollers:
+            self._ending.callback(poller.join)
+        # What waits for AWS gives up when that is gone.
+        self._ending.callback(self._moto.kill)
+        for function in self.functions.values():
+            self._ending.callback(function.close)
+        for poller in pollers:
+            self._ending.callback(poller.stop)
+            poller.start()
+
+    def _call(self, function: str, payload: bytes) -> Result:
+        return self.functions[function].invoke(payload)
+
+    def _fresh_log(self, name: str) -> Path:
+        path = self.logs / f"{name}.log"
+        path.write_bytes(b"")
+        return path

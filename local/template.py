@@ -1,0 +1,294 @@
+"""template.yaml as the local machine needs it: translated by SAM, and read back as functions, routes and triggers.
+
+Reading goes in two steps. `Blueprint` holds what the translated template says, intrinsics and all; CloudFormation
+(moto's, see `aws.py`) resolves them, and `Application.read` turns the resolved values into typed ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+from samtranslator.parser.parser import Parser
+from samtranslator.translator.translator import Translator
+from samtranslator.yaml_helper import yaml_parse
+
+REGION = "us-east-1"
+Json = dict[str, Any]
+
+# What CloudFormation makes in moto. Everything else of the template is played by this package, or plays no role here.
+_DATA_TYPES = {
+    "AWS::DynamoDB::Table",
+    "AWS::S3::Bucket",
+    "AWS::SQS::Queue",
+    "AWS::SNS::Topic",
+    "AWS::SNS::Subscription",
+}
+_SECRET = "AWS::SecretsManager::Secret"  # noqa: S105 (a resource type)
+
+
+class TemplateError(Exception):
+    """The template holds something the local machine cannot stand in for."""
+
+
+@dataclass(frozen=True)
+class FunctionSpec:
+    name: str
+    directory: Path
+    layers: tuple[Path, ...]
+    handler: str
+    timeout: int
+    memory: int
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class QueueMapping:
+    function: str
+    queue: str
+    batch_size: int
+    max_concurrency: int
+    reports_failures: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    name: str
+    function: str
+    every_seconds: float
+    input: str | None
+
+
+@dataclass(frozen=True)
+class ApiSpec:
+    """A REST API: its OpenAPI body, with the integrations' functions by name under `x-local-function`."""
+
+    stage: str
+    body: Json
+
+
+@dataclass(frozen=True)
+class Application:
+    functions: tuple[FunctionSpec, ...]
+    api: ApiSpec
+    mappings: tuple[QueueMapping, ...]
+    schedules: tuple[Schedule, ...]
+
+    @classmethod
+    def read(
+        cls, resolved: Json, directories: Mapping[str, Path], layers: Mapping[str, tuple[Path, ...]]
+    ) -> Application:
+        """Build the typed form of a blueprint's resolved `parts`."""
+        functions = tuple(
+            FunctionSpec(
+                name=name,
+                directory=directories[name],
+                layers=layers[name],
+                handler=properties["Handler"],
+                timeout=int(properties.get("Timeout", 3)),
+                memory=int(properties.get("MemorySize", 128)),
+                environment={key: _text(value) for key, value in _variables(properties).items()},
+            )
+            for name, properties in resolved["functions"].items()
+        )
+        mappings = tuple(
+            QueueMapping(
+                function=properties["function"],
+                queue=properties["queue"],
+                batch_size=int(properties.get("BatchSize", 10)),
+                max_concurrency=int(properties.get("ScalingConfig", {}).get("MaximumConcurrency", 5)),
+                reports_failures="ReportBatchItemFailures" in properties.get("FunctionResponseTypes", []),
+            )
+            for properties in resolved["mappings"].values()
+        )
+        schedules = tuple(
+            Schedule(name, properties["function"], _rate(properties["ScheduleExpression"]), properties["input"])
+            for name, properties in resolved["schedules"].items()
+        )
+        return cls(functions, ApiSpec(resolved["api"]["stage"], resolved["api"]["body"]), mappings, schedules)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What to create, and what to read once it is: `parts` still hold intrinsics."""
+
+    stack: Json
+    secrets: dict[str, Json]
+    parts: Json
+    directories: Mapping[str, Path]
+    layers: Mapping[str, tuple[Path, ...]]
+
+    @classmethod
+    def load(cls, path: Path, parameters: Mapping[str, str]) -> Blueprint:
+        """Translate the template and take it apart."""
+        source = yaml_parse(path.read_text())
+        directories = _localise(source, path.parent, "AWS::Serverless::Function", "CodeUri")
+        content = _localise(source, path.parent, "AWS::Serverless::LayerVersion", "ContentUri")
+        layers = {
+            name: tuple(
+                # A layer that a Makefile builds has no `python` folder in the source: its packages are installed here.
+                content[layer["Ref"]] / "python"
+                for layer in _function_property(source, name, "Layers", [])
+                if layer.get("Ref") in content and (content[layer["Ref"]] / "python").is_dir()
+            )
+            for name in directories
+        }
+        template = _translate(source, parameters)
+        for name, value in parameters.items():
+            if name not in template.get("Parameters", {}):
+                raise TemplateError(f"the template has no parameter {name}")
+            template["Parameters"][name]["Default"] = value
+        resources: Json = template["Resources"]
+        return cls(
+            stack={
+                **{key: template[key] for key in ("Parameters", "Conditions", "Mappings") if key in template},
+                "Resources": _data_resources(resources),
+            },
+            secrets=_of_type(resources, _SECRET),
+            parts={
+                "functions": {
+                    name: _runtime_properties(p) for name, p in _of_type(resources, "AWS::Lambda::Function").items()
+                },
+                "api": _api(resources),
+                "mappings": dict(_mappings(resources)),
+                "schedules": dict(_schedules(resources)),
+                "buckets": {
+                    name: {key: p[key] for key in ("CorsConfiguration", "NotificationConfiguration") if key in p}
+                    for name, p in _of_type(resources, "AWS::S3::Bucket").items()
+                },
+                "ttl": {
+                    name: p["TimeToLiveSpecification"]
+                    for name, p in _of_type(resources, "AWS::DynamoDB::Table").items()
+                    if "TimeToLiveSpecification" in p
+                },
+            },
+            directories=directories,
+            layers=layers,
+        )
+
+
+def _localise(source: Json, root: Path, kind: str, key: str) -> dict[str, Path]:
+    """Return the local folders of a kind of resource; the translator itself accepts only addresses in S3."""
+    folders: dict[str, Path] = {}
+    for name, resource in source["Resources"].items():
+        if resource["Type"] == kind:
+            properties = resource.setdefault("Properties", {})
+            folders[name] = (root / _function_property(source, name, key, ".")).resolve()
+            properties[key] = f"s3://local/{name}"
+    return folders
+
+
+def _function_property(source: Json, name: str, key: str, default: Any) -> Any:
+    properties = source["Resources"][name].get("Properties", {})
+    shared = source.get("Globals", {}).get("Function", {}).get(key, default)
+    own = properties.get(key)
+    # SAM joins lists of Globals with the function's own.
+    return [*shared, *own] if isinstance(shared, list) and own else own or shared
+
+
+def _translate(source: Json, parameters: Mapping[str, str]) -> Json:
+    # Feature toggles that only AWS's own deployment has are reported as warnings.
+    logging.getLogger("samtranslator").setLevel(logging.ERROR)
+    session = boto3.Session(region_name=REGION)
+    translated: Json = Translator(None, Parser(), None, session).translate(
+        copy.deepcopy(source), dict(parameters), get_managed_policy_map=dict
+    )
+    return translated
+
+
+def _of_type(resources: Json, kind: str) -> dict[str, Json]:
+    return {name: r.get("Properties", {}) for name, r in resources.items() if r["Type"] == kind}
+
+
+def _data_resources(resources: Json) -> Json:
+    kept: Json = {}
+    for name, resource in resources.items():
+        if resource["Type"] in _DATA_TYPES:
+            kept[name] = {key: resource[key] for key in ("Type", "Properties", "Condition") if key in resource}
+    return kept
+
+
+def _runtime_properties(properties: Json) -> Json:
+    return {k: properties[k] for k in ("Handler", "Timeout", "MemorySize", "Environment") if k in properties}
+
+
+def _variables(properties: Json) -> Json:
+    variables: Json = properties.get("Environment", {}).get("Variables", {})
+    return variables
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _target(resources: Json, reference: Any) -> str:
+    """Return the function that a `Ref`, `GetAtt` or integration address means, through an alias or not."""
+    match reference:
+        case {"Ref": str(name)} | {"Fn::GetAtt": [str(name), *_]}:
+            pass
+        case {"Fn::Sub": str(text)} if found := re.search(r"\$\{(\w+)(?:\.Arn)?\}(?:/invocations)?$", text):
+            name = found[1]
+        case _:
+            raise TemplateError(f"cannot tell which function {reference} is")
+    if resources[name]["Type"] == "AWS::Lambda::Alias":
+        return _target(resources, resources[name]["Properties"]["FunctionName"])
+    return str(name)
+
+
+def _api(resources: Json) -> Json:
+    apis = _of_type(resources, "AWS::ApiGateway::RestApi")
+    stages = _of_type(resources, "AWS::ApiGateway::Stage")
+    if len(apis) != 1 or len(stages) != 1:
+        raise TemplateError("the local machine serves one REST API with one stage")
+    (api,), (stage,) = apis.values(), stages.values()
+    body = copy.deepcopy(api["Body"])
+    for methods in body["paths"].values():
+        for operation in methods.values():
+            integration = operation.get("x-amazon-apigateway-integration", {})
+            if integration.get("type") == "aws_proxy":
+                operation["x-local-function"] = _target(resources, integration.pop("uri"))
+    return {"stage": stage["StageName"], "body": body}
+
+
+def _mappings(resources: Json) -> Iterator[tuple[str, Json]]:
+    for name, properties in _of_type(resources, "AWS::Lambda::EventSourceMapping").items():
+        if properties.get("Enabled", True):
+            source = properties["EventSourceArn"]
+            queue = source.get("Fn::GetAtt", [""])[0] if isinstance(source, dict) else ""
+            if resources.get(queue, {}).get("Type") != "AWS::SQS::Queue":
+                raise TemplateError(f"{name}: only queues of the template can feed a function here")
+            kept = {
+                k: properties[k] for k in ("BatchSize", "ScalingConfig", "FunctionResponseTypes") if k in properties
+            }
+            yield name, {**kept, "queue": queue, "function": _target(resources, properties["FunctionName"])}
+
+
+def _schedules(resources: Json) -> Iterator[tuple[str, Json]]:
+    found = [
+        *((n, p, p.get("Targets", [])) for n, p in _of_type(resources, "AWS::Events::Rule").items()),
+        *((n, p, [p["Target"]]) for n, p in _of_type(resources, "AWS::Scheduler::Schedule").items()),
+    ]
+    for name, properties, targets in found:
+        if "ScheduleExpression" in properties and properties.get("State", "ENABLED") == "ENABLED":
+            for target in targets:
+                yield (
+                    name,
+                    {
+                        "ScheduleExpression": properties["ScheduleExpression"],
+                        "function": _target(resources, target["Arn"]),
+                        "input": target.get("Input"),
+                    },
+                )
+
+
+def _rate(expression: str) -> float:
+    found = re.fullmatch(r"rate\((\d+) (minute|hour|day)s?\)", expression)
+    if not found:
+        raise TemplateError(f"the local clock knows rate(...) only, not {expression}")
+    return int(found[1]) * {"minute": 60.0, "hour": 3600.0, "day": 86400.0}[found[2]]

@@ -1,0 +1,267 @@
+"""The three functions in one process: moto for AWS, the Segmind stand-in over a real socket, a clock that tests move.
+
+`System.api()` sends one REST proxy event, `System.deliver()` hands the queued messages to the worker once, as Lambda
+does: a message that is reported as failed stays, one that is not is deleted.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import boto3
+from moto import mock_aws
+from moto.moto_api._internal import moto_api_backend
+from moto.moto_api._internal.models import MotoAPIBackend
+
+from img2img import bootstrap
+from local.segmind import SegmindStandIn
+
+ROOT = pathlib.Path(__file__).parents[1]
+SEGMIND_KEY = "SG_0123456789abcdef"
+API_KEY_ID = "key-of-the-test"
+
+
+class Context:
+    """Lambda's context object."""
+
+    function_name = "img2img"
+    memory_limit_in_mb = 1769
+    invoked_function_arn = "arn:aws:lambda:eu-west-1:123456789012:function:img2img"
+    aws_request_id = "00000000-0000-0000-0000-000000000000"
+
+    def __init__(self, seconds: float = 29) -> None:
+        self._until = time.monotonic() + seconds
+
+    def get_remaining_time_in_millis(self) -> int:
+        return int((self._until - time.monotonic()) * 1000)
+
+
+class Clock:
+    """The wall clock, ahead by as much as a test has moved it."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+    def advance(self, seconds: float) -> None:
+        self.ahead += seconds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client gets."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+def rest_event(
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: Mapping[str, str] | None = None,
+    query: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return the event that API Gateway makes of a request. A dict is sent as JSON, bytes as a binary body."""
+    sent = {"Host": "api.example", "X-Forwarded-Proto": "https", "Accept": "*/*", **(headers or {})}
+    if isinstance(body, dict | list):
+        sent.setdefault("Content-Type", "application/json")
+        body = json.dumps(body)
+    binary = isinstance(body, bytes)
+    request_id = str(uuid.uuid4())
+    return {
+        "resource": path,
+        "path": path,
+        "httpMethod": method,
+        "headers": sent,
+        "multiValueHeaders": {name: [value] for name, value in sent.items()},
+        "queryStringParameters": dict(query) if query else None,
+        "multiValueQueryStringParameters": {name: [value] for name, value in query.items()} if query else None,
+        "pathParameters": None,
+        "stageVariables": None,
+        "requestContext": {
+            "requestId": request_id,
+            "extendedRequestId": request_id,
+            "stage": "v1",
+            "path": f"/v1{path}",
+            "resourcePath": path,
+            "httpMethod": method,
+            "domainName": "api.example",
+            "identity": {"sourceIp": "203.0.113.1", "apiKeyId": API_KEY_ID, "apiKey": "the-api-key"},
+        },
+        "body": base64.b64encode(body).decode() if binary else body,
+        "isBase64Encoded": binary,
+    }
+
+
+@cache
+def function(name: str) -> ModuleType:
+    """Import `functions/<name>/app.py` once, as `functions.<name>.app`."""
+    import importlib
+
+    return importlib.import_module(f"functions.{name}.app")
+
+
+@dataclass
+class System:
+    """A deployment in memory."""
+
+    services: bootstrap.Services
+    segmind: SegmindStandIn
+    clock: Clock
+    sqs: Any = field(default_factory=lambda: boto3.client("sqs"))
+    s3: Any = field(default_factory=lambda: boto3.client("s3"))
+    dynamodb: Any = field(default_factory=lambda: boto3.client("dynamodb"))
+    secrets: Any = field(default_factory=lambda: boto3.client("secretsmanager"))
+
+    @property
+    def queue_url(self) -> str:
+        return os.environ["JOBS_QUEUE_URL"]
+
+    def api(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Send one request and return its answer."""
+        raw = function("api").handler(rest_event(method, path, body, headers, query), Context())
+        content = raw["body"] or ""
+        return Answer(
+            raw["statusCode"],
+            {name.lower(): ", ".join(values) for name, values in raw["multiValueHeaders"].items()},
+            base64.b64decode(content) if raw["isBase64Encoded"] else content.encode(),
+        )
+
+    def create(self, wait: int = 0, headers: Mapping[str, str] | None = None, **fields: Any) -> Answer:
+        """Create a job of the sample photo."""
+        body = {"image": sample_base64(), "prompt": "a castle on a hill", **fields}
+        return self.api("POST", "/sd1.5-img2img", body, {"Prefer": f"wait={wait}", **(headers or {})})
+
+    def job(self, job_id: str) -> Any:
+        """Read a job."""
+        return self.api("GET", f"/jobs/{job_id}").json
+
+    def messages(self) -> int:
+        """Return how many messages the queue holds, in flight or not."""
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        found = self.sqs.get_queue_attributes(QueueUrl=self.queue_url, AttributeNames=names)["Attributes"]
+        return sum(int(count) for count in found.values())
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Receive what is visible, in the form of Lambda's records."""
+        found = self.sqs.receive_message(QueueUrl=self.queue_url, MaxNumberOfMessages=10).get("Messages", [])
+        return [
+            {
+                "messageId": message["MessageId"],
+                "receiptHandle": message["ReceiptHandle"],
+                "body": message["Body"],
+                "attributes": {},
+                "messageAttributes": {},
+                "eventSource": "aws:sqs",
+                "eventSourceARN": "arn:aws:sqs:eu-west-1:123456789012:jobs",
+                "awsRegion": "eu-west-1",
+            }
+            for message in found
+        ]
+
+    def work(self, record: dict[str, Any]) -> bool:
+        """Run the worker on one record, delete the message when it is done with, and return whether it was."""
+        answer = function("worker").handler({"Records": [record]}, Context(120))
+        if answer["batchItemFailures"]:
+            return False
+        self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=record["receiptHandle"])
+        return True
+
+    def deliver(self) -> int:
+        """Hand every visible message to the worker once; return how many are done with."""
+        return sum(self.work(record) for record in self.receive())
+
+    def sweep(self) -> dict[str, int]:
+        """Run the sweep function."""
+        found: dict[str, int] = function("sweep").handler({"id": "sweep-event", "source": "aws.events"}, Context(60))
+        return found
+
+    def objects(self, bucket: str) -> list[str]:
+        """Return the keys in a bucket."""
+        return [item["Key"] for item in self.s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+
+@cache
+def sample_base64() -> str:
+    """Return the sample photo as a request carries it."""
+    return base64.b64encode((ROOT / "events" / "sample.jpg").read_bytes()).decode()
+
+
+def create_resources() -> None:
+    """Create the tables, buckets, queue and secret in moto, as `template.yaml` has them."""
+    dynamodb: Any = boto3.client("dynamodb")
+    text = [{"AttributeName": name, "AttributeType": "S"} for name in ("pk", "sk", "open_shard")]
+    dynamodb.create_table(
+        TableName="jobs",
+        BillingMode="PAY_PER_REQUEST",
+        AttributeDefinitions=[*text, {"AttributeName": "due_at", "AttributeType": "N"}],
+        KeySchema=[{"AttributeName": "pk", "KeyType": "HASH"}, {"AttributeName": "sk", "KeyType": "RANGE"}],
+        GlobalSecondaryIndexes=[
+            {
+                "IndexName": "open",
+                "KeySchema": [
+                    {"AttributeName": "open_shard", "KeyType": "HASH"},
+                    {"AttributeName": "due_at", "KeyType": "RANGE"},
+                ],
+                "Projection": {"ProjectionType": "ALL"},
+            }
+        ],
+    )
+    dynamodb.create_table(
+        TableName="idempotency",
+        BillingMode="PAY_PER_REQUEST",
+        AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+        KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+    )
+    for bucket in ("uploads", "results"):
+        boto3.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    boto3.client("sqs").create_queue(QueueName="jobs", Attributes={"VisibilityTimeout": "0"})
+    boto3.client("secretsmanager").create_secret(Name="segmind", SecretString=SEGMIND_KEY)
+
+
+@cache
+def _moto() -> MotoAPIBackend:
+    """Put moto in place of AWS for this process: clients, the slow part, are made from one session."""
+    mock_aws().start()
+    return moto_api_backend
+
+
+@contextmanager
+def running_system() -> Iterator[System]:
+    """Start a deployment in memory, empty."""
+    _moto().reset()
+    with SegmindStandIn(SEGMIND_KEY) as segmind:
+        create_resources()
+        os.environ["SEGMIND_BASE_URL"] = segmind.url
+        bootstrap.services.cache_clear()
+        services = bootstrap.services()
+        clock = Clock()
+        services.clock = clock
+        yield System(services, segmind, clock)
+        bootstrap.services.cache_clear()
