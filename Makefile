@@ -44,7 +44,7 @@ lint: $(DEV) ## Check style, types and the template
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m cfnlint template.yaml
+	.venv/bin/cfn-lint template.yaml
 
 build: $(DEV) $(SAM_CLI) ## Build what is deployed, and check it
 	PYTHON=$(CURDIR)/$(PY) $(SAM) build
@@ -64,7 +64,7 @@ bench: $(DEV) ## Measure against floors taken in the same run
 	@$(PY) -m tests.bench
 
 clean: ## Remove everything that was installed, built or cached
-	rm -rf .venv .venv-sam .aws-sam .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sam .aws-sam .local .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find events functions layers local tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python .venv-sam/bin/python:

@@ -15,7 +15,6 @@ from botocore.config import Config
 
 from local.template import REGION, Blueprint, Json
 
-ACCOUNT = "123456789012"
 _ROOT = Path(__file__).resolve().parent.parent
 _STACK_NAME = "local"
 
@@ -67,8 +66,7 @@ class Aws:
 
     def wait_until_ready(self) -> None:
         """Wait for the server to say where it listens."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline() if self._process.stdout else b""
         if not line:
             raise RuntimeError(f"moto did not start (exit status {self._process.wait()})")
         self._port = int(line)
@@ -77,7 +75,8 @@ class Aws:
         """Return a boto3 client, made once; it is safe to share between threads."""
         if service not in self._clients:
             config = Config(max_pool_connections=50, retries={"total_max_attempts": 1}, proxies={})
-            self._clients[service] = boto3.Session().client(service, config=config, **self.client_options)
+            session: Any = boto3.Session()
+            self._clients[service] = session.client(service, config=config, **self.client_options)
         return self._clients[service]
 
     @property

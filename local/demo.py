@@ -57,7 +57,7 @@ def _reachable(url: str, fresh_stack: Callable[[], Stack]) -> Iterator[str]:
     except requests.ConnectionError:
         if urlsplit(url).hostname not in (HOST, "localhost"):
             raise DemoFailed(f"{url} cannot be reached") from None
-        print(f"Nobody listens at {url}; starting a system of my own ...", flush=True)
+        print(f"Nobody listens at {url}; starting a system for this demo; its URLs end with it", flush=True)
         with fresh_stack() as stack:
             yield stack.url
     else:

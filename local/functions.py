@@ -73,13 +73,12 @@ class Function:
         self._log: IO[bytes] | None = log.open("ab", buffering=0) if log else None
         self._api = RuntimeApi(spec.name, spec.timeout, on_shortage=self._grow, on_overdue=self._kill)
         self._control, theirs = socket.socketpair()
+        control = {"SANDBOX_CONTROL_FD": str(theirs.fileno())}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_SANDBOX)],  # -P: the folder of the script stays off the function's path
                 cwd=spec.directory,
-                env=lambda_environment(spec, self._api.address)
-                | dict(environment)
-                | {"SANDBOX_CONTROL_FD": str(theirs.fileno())},
+                env=lambda_environment(spec, self._api.address) | dict(environment) | control,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,

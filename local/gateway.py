@@ -27,14 +27,16 @@ class Gateway:
     def __init__(self, port: int, *, keys: Mapping[str, str], log: Path) -> None:
         """Take the port; whoever connects before `serve` waits for it."""
         self.keys = keys
-        self._invoke: Invoke | None = None
+        self._invoke: Invoke = _not_yet
         self._api: RestApi | None = None
         self._server = LoopbackServer(type("GatewayHandler", (_GatewayHandler,), {"gateway": self}), port)
-        self._log: IO[str] = log.open("a", buffering=1)
+        # After the port: when that is taken, the log may belong to whoever has it.
+        self._log: IO[str] = log.open("w", buffering=1)
 
     @property
     def api(self) -> RestApi:
-        assert self._api is not None, "the gateway does not serve yet"
+        if self._api is None:
+            raise RuntimeError("the gateway does not serve yet")
         return self._api
 
     @property
@@ -71,12 +73,10 @@ class Gateway:
 
     def _integrate(self, request: Request, route: Route, event: bytes) -> Answer:
         outcome: list[Result | Exception] = []
-        invoke = self._invoke
-        assert invoke is not None
 
         def call() -> None:
             try:
-                outcome.append(invoke(route.function or "", event))
+                outcome.append(self._invoke(route.function or "", event))
             except RequestTooLarge as error:
                 outcome.append(error)
 
@@ -96,6 +96,10 @@ class Gateway:
                 return self.api.own_answer("REQUEST_TOO_LARGE", request)
             case _:
                 return self.api.own_answer("DEFAULT_5XX", request)
+
+
+def _not_yet(_function: str, _event: bytes) -> Result:
+    raise RuntimeError("the gateway does not serve yet")
 
 
 class _GatewayHandler(Handler):
@@ -130,7 +134,7 @@ class _GatewayHandler(Handler):
         request.body = body
         try:
             answer = self.gateway.answer(request)
-        except Exception:
+        except Exception:  # noqa: BLE001 (a fault of the gateway is its answer too)
             _log.exception("the gateway failed at %s %s", request.method, urlsplit(request.target).path)
             answer = self.gateway.api.own_answer("DEFAULT_5XX", request)
         self.gateway.note(request, answer, time.monotonic() - started)

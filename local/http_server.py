@@ -71,8 +71,9 @@ class LoopbackServer(ThreadingHTTPServer):
                 self._connections.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not self._stopping and not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            logging.getLogger(__name__).exception("a request failed")
+        error = sys.exception()
+        if not self._stopping and not isinstance(error, ConnectionError | TimeoutError):
+            logging.getLogger(__name__).error("a request failed", exc_info=error)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from local.http_server import Handler, LoopbackServer
-from local.template import REGION
+from local.template import ACCOUNT, REGION
 
 MAX_REQUEST = 6 * 2**20
 MAX_RESPONSE = MAX_REQUEST + 100  # Lambda's own number: 6,291,556
+_JSON = [("Content-Type", "application/json")]
 _API = "/2018-06-01/runtime"
 
 
@@ -74,7 +75,7 @@ class RuntimeApi:
         on_shortage: Callable[[], None] = lambda: None,
         on_overdue: Callable[[str], None] = lambda _sandbox: None,
     ) -> None:
-        self.arn = f"arn:aws:lambda:{REGION}:123456789012:function:{name}"
+        self.arn = f"arn:aws:lambda:{REGION}:{ACCOUNT}:function:{name}"
         self._timeout = timeout
         self._on_shortage = on_shortage
         self._on_overdue = on_overdue
@@ -82,6 +83,8 @@ class RuntimeApi:
         self._waiters: list[_Waiter] = []
         self._pending: deque[_Invocation] = deque()
         self._running: dict[str, _Invocation] = {}
+        self._returning: set[str] = set()  # sandboxes that have answered, and will ask again in a moment
+        self._doomed: set[str] = set()  # sandboxes that ran out of time, and are being ended
         self._broken: Result | None = None
         self._server = LoopbackServer(type("RuntimeHandler", (_RuntimeHandler,), {"api": self}))
         self._server.start()
@@ -93,9 +96,9 @@ class RuntimeApi:
 
     @property
     def shortage(self) -> int:
-        """How many invocations wait for a sandbox."""
+        """How many more sandboxes are needed for all invocations to run."""
         with self._changed:
-            return len(self._pending)
+            return len(self._pending) - len(self._returning)
 
     def invoke(self, payload: bytes) -> Result:
         """Run the function once and wait for what it gives.
@@ -108,8 +111,7 @@ class RuntimeApi:
         with self._changed:
             self._pending.append(invocation)
             self._assign()
-            short = not invocation.sandbox and not invocation.started
-        if short:
+        if self.shortage > 0:
             self._on_shortage()
         with self._changed:
             self._changed.wait_for(lambda: invocation.result or invocation.started or self._broken)
@@ -122,12 +124,15 @@ class RuntimeApi:
             message = f"{invocation.id} Task timed out after {self._timeout:.2f} seconds"
             invocation.result = failure("Sandbox.Timedout", message)
             self._running.pop(invocation.id, None)
+            self._doomed.add(invocation.sandbox)
         self._on_overdue(invocation.sandbox)
         return invocation.result
 
     def sandbox_exited(self, sandbox: str, reason: str) -> None:
         """Fail the invocation that a dead sandbox was running."""
         with self._changed:
+            self._returning.discard(sandbox)
+            self._doomed.discard(sandbox)
             self._waiters = [waiter for waiter in self._waiters if waiter.sandbox != sandbox]
             for invocation in [i for i in self._running.values() if i.sandbox == sandbox]:
                 message = f"RequestId: {invocation.id} Error: Runtime exited with error: {reason}"
@@ -150,6 +155,9 @@ class RuntimeApi:
         """Wait for work; None means that there will be none."""
         waiter = _Waiter(sandbox)
         with self._changed:
+            self._returning.discard(sandbox)
+            if sandbox and sandbox in self._doomed:
+                return None
             self._waiters.append(waiter)
             self._assign()
             self._changed.wait_for(lambda: waiter.invocation or self._broken or waiter not in self._waiters)
@@ -161,6 +169,8 @@ class RuntimeApi:
             invocation = self._running.get(invocation_id)
             if invocation:
                 self._finish(invocation, result)
+                if invocation.sandbox:
+                    self._returning.add(invocation.sandbox)
             return invocation is not None
 
     def _assign(self) -> None:
@@ -211,19 +221,17 @@ class _RuntimeHandler(Handler):
             case ["invocation", invocation_id, "response"] if body is None:
                 message = f"Response payload size exceeded maximum allowed payload size ({MAX_RESPONSE} bytes)."
                 self.api.finish(invocation_id, failure("Function.ResponseSizeTooLarge", message))
-                self.reply_and_drop_body(
-                    413, [("Content-Type", "application/json")], b'{"errorType":"RequestEntityTooLarge"}'
-                )
+                self.reply_and_drop_body(413, _JSON, b'{"errorType":"RequestEntityTooLarge"}')
             case ["invocation", invocation_id, ("response" | "error") as outcome]:
-                known = self.api.finish(invocation_id, Result(body or b"null", failed=outcome == "error"))
-                self._answer(
-                    202 if known else 400, b'{"status":"OK"}' if known else b'{"errorType":"InvalidRequestID"}'
-                )
+                if self.api.finish(invocation_id, Result(body or b"null", failed=outcome == "error")):
+                    self._accept()
+                else:
+                    self.reply(400, _JSON, b'{"errorType":"InvalidRequestID"}')
             case ["init" | "restore", "error"]:
                 self.api.break_down(Result(body or b"{}", failed=True))
-                self._answer(202, b'{"status":"OK"}')
+                self._accept()
             case _:
-                self._answer(404, b"{}")
+                self.reply(404)
 
-    def _answer(self, status: int, body: bytes) -> None:
-        self.reply(status, [("Content-Type", "application/json")], body)
+    def _accept(self) -> None:
+        self.reply(202, _JSON, b'{"status":"OK"}')

@@ -10,15 +10,16 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Buckets are addressed by path here, and answer browsers by their own CORS rules as S3 does.
+# Read by moto when it is imported: buckets are addressed by path here, and answer browsers by their own CORS rules, as
+# S3 does.
 os.environ.update(S3_IGNORE_SUBDOMAIN_BUCKETNAME="true", MOTO_DISABLE_GLOBAL_CORS="true")
 
-from moto.moto_server.werkzeug_app import (  # noqa: E402 (moto reads its settings when it is imported)
+from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
     create_backend_app,
 )
-from werkzeug.serving import make_server  # noqa: E402
+from werkzeug.serving import make_server
 
 StartResponse = Callable[..., Any]
 

@@ -14,7 +14,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from local.lambda_runtime import RequestTooLarge, Result
-from local.template import REGION, Json, QueueMapping, Schedule
+from local.template import ACCOUNT, REGION, Json, QueueMapping, Schedule
 
 Invoke = Callable[[str, bytes], Result]
 _LONG_POLL_SECONDS = 20
@@ -129,8 +129,9 @@ def failed_items(result: Result, sent: set[str], *, reports: bool) -> set[str]:
         return set()
     if not isinstance(failures, list):
         return sent
-    ids = {item.get("itemIdentifier") if isinstance(item, dict) else None for item in failures}
-    return ids if ids <= sent else sent
+    ids = {str(item.get("itemIdentifier")) if isinstance(item, dict) else "" for item in failures}
+    understood = ids <= sent
+    return ids if understood else sent
 
 
 class Clock:
@@ -166,10 +167,10 @@ def schedule_event(schedule: Schedule) -> bytes:
         "id": str(uuid.uuid4()),
         "detail-type": "Scheduled Event",
         "source": "aws.events",
-        "account": "123456789012",
+        "account": ACCOUNT,
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "region": REGION,
-        "resources": [f"arn:aws:events:{REGION}:123456789012:rule/{schedule.name}"],
+        "resources": [f"arn:aws:events:{REGION}:{ACCOUNT}:rule/{schedule.name}"],
         "detail": {},
     }
     return json.dumps(event).encode()

@@ -9,12 +9,12 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from fnmatch import fnmatchcase
-from http.client import HTTPMessage
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from local.template import ApiSpec, Json
+from local.template import ACCOUNT, ApiSpec, Json
 
 # What the gateway says by itself, and with which status where the template names none.
 _RESPONSES = {
@@ -42,6 +42,11 @@ _NOT_FORWARDED = {
     "transfer-encoding",
     "upgrade",
 }
+# Fields of callers that sign their requests, which these do not.
+_NO_IDENTITY = (
+    *("cognitoIdentityPoolId", "cognitoIdentityId", "cognitoAuthenticationType", "cognitoAuthenticationProvider"),
+    *("accountId", "caller", "principalOrgId", "accessKey", "userArn", "user"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Request:
 
     method: str
     target: str
-    headers: HTTPMessage
+    headers: Message
     source_ip: str
     body: bytes = b""
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -193,10 +198,7 @@ class RestApi:
         }
 
     def _request_context(self, request: Request, route: Route, api_key: tuple[str, str] | None) -> Json:
-        identity: Json = dict.fromkeys(
-            "cognitoIdentityPoolId accountId cognitoIdentityId caller principalOrgId accessKey cognitoAuthenticationType"
-            " cognitoAuthenticationProvider userArn user".split()
-        )
+        identity: Json = dict.fromkeys(_NO_IDENTITY)
         identity |= {"sourceIp": request.source_ip, "userAgent": request.headers.get("User-Agent")}
         if api_key:
             identity |= {"apiKeyId": api_key[0], "apiKey": api_key[1]}
@@ -207,7 +209,7 @@ class RestApi:
             "extendedRequestId": request.extended_id,
             "requestTime": time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime()),
             "path": request.path,
-            "accountId": "123456789012",
+            "accountId": ACCOUNT,
             "protocol": "HTTP/1.1",
             "stage": self.stage,
             "domainPrefix": "local",

@@ -191,7 +191,7 @@ def _send(control: socket.socket, *message: Any) -> None:
 def main() -> None:
     control = socket.socket(fileno=int(os.environ.pop("SANDBOX_CONTROL_FD")))
     # One write per line, however long: the sandboxes of a function share one log.
-    sys.stdout = open(1, "w", buffering=1 << 20, encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
+    sys.stdout = open(1, "w", buffering=1 << 20, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout.reconfigure(line_buffering=True)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_JsonLines())

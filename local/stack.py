@@ -83,7 +83,8 @@ class Stack:
 
     @property
     def url(self) -> str:
-        assert self._gateway is not None, "the stack is not started"
+        if self._gateway is None:
+            raise RuntimeError("the stack is not started")
         return self._gateway.url
 
     @property
@@ -93,7 +94,8 @@ class Stack:
 
     @property
     def _moto(self) -> Aws:
-        assert self._aws is not None, "the stack is not started"
+        if self._aws is None:
+            raise RuntimeError("the stack is not started")
         return self._aws
 
     def client(self, service: str) -> Any:
@@ -126,14 +128,14 @@ class Stack:
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         # What is registered first is stopped last. The port comes first: whether it is free shows at once.
-        gateway = self._gateway = Gateway(self._port, keys={self.api_key: _API_KEY_ID}, log=self._fresh_log("gateway"))
+        gateway = self._gateway = Gateway(self._port, keys={self.api_key: _API_KEY_ID}, log=self.logs / "gateway.log")
         self._ending.callback(gateway.stop)
         aws = self._aws = Aws(self._fresh_log("moto"))
         self._ending.callback(aws.close)
         blueprint = Blueprint.load(self._template, self._parameters)
         aws.wait_until_ready()
         self.resources, resolved = provision(aws, blueprint)
-        application = Application.read(resolved, blueprint.directories, blueprint.layers)
+        application = Application.read(resolved, blueprint)
         shared = aws.environment | self._start_segmind() | self._overrides
         for spec in application.functions:
             self._start_function(spec, shared, application)

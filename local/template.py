@@ -20,6 +20,7 @@ from samtranslator.translator.translator import Translator
 from samtranslator.yaml_helper import yaml_parse
 
 REGION = "us-east-1"
+ACCOUNT = "123456789012"
 Json = dict[str, Any]
 
 # What CloudFormation makes in moto. Everything else of the template is played by this package, or plays no role here.
@@ -81,15 +82,13 @@ class Application:
     schedules: tuple[Schedule, ...]
 
     @classmethod
-    def read(
-        cls, resolved: Json, directories: Mapping[str, Path], layers: Mapping[str, tuple[Path, ...]]
-    ) -> Application:
-        """Build the typed form of a blueprint's resolved `parts`."""
+    def read(cls, resolved: Json, blueprint: Blueprint) -> Application:
+        """Build the typed form of a blueprint's parts once they are resolved."""
         functions = tuple(
             FunctionSpec(
                 name=name,
-                directory=directories[name],
-                layers=layers[name],
+                directory=blueprint.directories[name],
+                layers=blueprint.layers[name],
                 handler=properties["Handler"],
                 timeout=int(properties.get("Timeout", 3)),
                 memory=int(properties.get("MemorySize", 128)),
@@ -147,19 +146,20 @@ class Blueprint:
         resources: Json = template["Resources"]
         return cls(
             stack={
-                **{key: template[key] for key in ("Parameters", "Conditions", "Mappings") if key in template},
+                **_only(template, "Parameters", "Conditions", "Mappings"),
                 "Resources": _data_resources(resources),
             },
             secrets=_of_type(resources, _SECRET),
             parts={
                 "functions": {
-                    name: _runtime_properties(p) for name, p in _of_type(resources, "AWS::Lambda::Function").items()
+                    name: _only(p, "Handler", "Timeout", "MemorySize", "Environment")
+                    for name, p in _of_type(resources, "AWS::Lambda::Function").items()
                 },
                 "api": _api(resources),
                 "mappings": dict(_mappings(resources)),
                 "schedules": dict(_schedules(resources)),
                 "buckets": {
-                    name: {key: p[key] for key in ("CorsConfiguration", "NotificationConfiguration") if key in p}
+                    name: _only(p, "CorsConfiguration", "NotificationConfiguration")
                     for name, p in _of_type(resources, "AWS::S3::Bucket").items()
                 },
                 "ttl": {
@@ -210,12 +210,12 @@ def _data_resources(resources: Json) -> Json:
     kept: Json = {}
     for name, resource in resources.items():
         if resource["Type"] in _DATA_TYPES:
-            kept[name] = {key: resource[key] for key in ("Type", "Properties", "Condition") if key in resource}
+            kept[name] = _only(resource, "Type", "Properties", "Condition")
     return kept
 
 
-def _runtime_properties(properties: Json) -> Json:
-    return {k: properties[k] for k in ("Handler", "Timeout", "MemorySize", "Environment") if k in properties}
+def _only(properties: Json, *keys: str) -> Json:
+    return {key: properties[key] for key in keys if key in properties}
 
 
 def _variables(properties: Json) -> Json:
@@ -263,9 +263,7 @@ def _mappings(resources: Json) -> Iterator[tuple[str, Json]]:
             queue = source.get("Fn::GetAtt", [""])[0] if isinstance(source, dict) else ""
             if resources.get(queue, {}).get("Type") != "AWS::SQS::Queue":
                 raise TemplateError(f"{name}: only queues of the template can feed a function here")
-            kept = {
-                k: properties[k] for k in ("BatchSize", "ScalingConfig", "FunctionResponseTypes") if k in properties
-            }
+            kept = _only(properties, "BatchSize", "ScalingConfig", "FunctionResponseTypes")
             yield name, {**kept, "queue": queue, "function": _target(resources, properties["FunctionName"])}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from datetime import datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -20,7 +19,6 @@ from img2img import observe, present, uploads
 from img2img.bootstrap import Services, services
 from img2img.errors import (
     AnswerTooLarge,
-    FieldError,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -29,6 +27,7 @@ from img2img.errors import (
 )
 from img2img.ids import ULID
 from img2img.jobs import Job, OutputStatus, Status
+from img2img.listing import parse_filter
 from img2img.params import Img2ImgRequest, parse_request
 from img2img.submit import Caller, Submission, submit, watch
 
@@ -39,7 +38,8 @@ app = APIGatewayRestResolver()
 MAX_WAIT = 25
 # Lambda answers with at most 6 MB, base64 and JSON included; the rest of the answer stays far below the difference.
 MAX_ANSWER = 6_000_000 - 100_000
-BINARY_ACCEPTED = re.compile(r"image/[\w.+*-]+")
+# The gateway turns an answer binary only if the first type of `Accept` stands in the template's BinaryMediaTypes.
+BINARY_TYPES = ("image/*", "image/jpeg", "image/png", "image/webp", "image/avif")
 EXPOSED_HEADERS = (
     "Location, Content-Location, Retry-After, Preference-Applied, Idempotent-Replayed, "
     "x-remaining-credits, x-generation-time, x-request-id"
@@ -87,7 +87,7 @@ def _json_body() -> Any:
     try:
         return json.loads(_body())
     except (ValueError, RecursionError):
-        raise InvalidRequest("The body is not valid JSON", errors=[FieldError("body", "must be valid JSON")]) from None
+        raise InvalidRequest.of_field("body", "must be valid JSON") from None
 
 
 def _job_id(text: str) -> str:
@@ -192,9 +192,8 @@ def _created(use: Services, request: Img2ImgRequest, submission: Submission, job
     if job.remaining_credits is not None:
         headers["x-remaining-credits"] = f"{job.remaining_credits:g}"
     pictures = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
-    # The gateway turns an answer binary by the first type alone, so only that one counts.
-    wants_bytes = BINARY_ACCEPTED.fullmatch(_header("accept").partition(",")[0].partition(";")[0].strip().lower())
-    if job.status is Status.SUCCEEDED and wants_bytes:
+    first_accepted = re.split("[,;]", _header("accept").lower())[0].strip()
+    if job.status is Status.SUCCEEDED and first_accepted in BINARY_TYPES:
         _refuse_too_large(pictures[0].bytes)
         headers["Content-Location"] = headers["Location"]
         data = use.storage.get_output(pictures[0])
@@ -231,56 +230,10 @@ def upload() -> Response[Any]:
 def list_jobs() -> Response[Any]:
     """List the team's jobs, newest first."""
     use = services()
-    query = app.current_event.query_string_parameters or {}
-    known = ("limit", "cursor", "status", "created_after", "created_before")
-    errors = [
-        FieldError(name[:100], f"is not known; known are {', '.join(known)}") for name in query if name not in known
-    ]
-    limit, status, after, before = 20, None, None, None
-    try:
-        limit = int(query.get("limit", "20"))
-    except ValueError:
-        limit = 0
-    if not 1 <= limit <= 100:
-        errors.append(FieldError("limit", "must be an integer from 1 to 100"))
-    if "status" in query:
-        if query["status"] in list(Status):
-            status = Status(query["status"])
-        else:
-            errors.append(FieldError("status", f"must be one of {', '.join(Status)}"))
-    cursor = query.get("cursor")
-    if cursor is not None and not ULID.fullmatch(cursor):
-        errors.append(FieldError("cursor", "must be the cursor of an earlier answer"))
-    try:
-        after = _epoch_ms(query.get("created_after"))
-    except ValueError:
-        errors.append(FieldError("created_after", "must be an ISO 8601 time with its offset"))
-    try:
-        before = _epoch_ms(query.get("created_before"))
-    except ValueError:
-        errors.append(FieldError("created_before", "must be an ISO 8601 time with its offset"))
-    if errors:
-        raise InvalidRequest("; ".join(f"{e.field}: {e.detail}" for e in errors[:20]), errors=errors[:20])
-    page = use.jobs.list(
-        _caller(use).team,
-        limit=limit,
-        cursor=cursor,
-        status=status,
-        created_after_ms=after,
-        created_before_ms=before,
-    )
+    page = use.jobs.list(_caller(use).team, parse_filter(app.current_event.query_string_parameters))
     base_url = _base_url()
     jobs = [present.job_document(use, job, base_url) for job in page.jobs]
     return _answer(200, {"jobs": jobs, "cursor": page.cursor})
-
-
-def _epoch_ms(text: str | None) -> int | None:
-    if text is None:
-        return None
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        raise ValueError("no offset")
-    return int(moment.timestamp() * 1000)
 
 
 @app.get("/jobs/<job_id>")

@@ -172,4 +172,4 @@ def report(result: Any) -> None:
 
 def silence() -> None:
     """Let the log lines be written, but nowhere. To be called before a handler is imported."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    sys.stdout = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)

@@ -33,7 +33,7 @@ class _Stub:
             seen, self._seen = self._seen, []
             return _response(JSON, json.dumps(seen).encode())
         target = headers.get("x-amz-target", "").rpartition(".")[2]
-        self._seen.append((target or f"{method} {path.partition('?')[0].partition('/')[0] or path}", len(body)))
+        self._seen.append((target or f"{method} {path.split('/')[1]}", len(body)))
         match target:
             case "UpdateItem":
                 return _response(JSON, self._claimed)
@@ -50,7 +50,9 @@ class _Stub:
             paid = {"x-generation-time": "2.345", "x-remaining-credits": "99.5", "x-request-id": "r-1"}
             return _response("image/jpeg", self._output, paid)
         if method == "GET":
-            return _response("image/png", self._input, {"ETag": '"0"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
+            return _response(
+                "image/png", self._input, {"ETag": '"0"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
+            )
         return _response("application/xml", b"", {"ETag": '"0"'})
 
     def serve(self, connection: socket.socket) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from PIL import Image
 
+from img2img.listing import JobFilter
 from tests.system import ROOT, rest_event
 
 
@@ -162,7 +163,7 @@ def test_pictures_too_large_for_one_answer_are_left_to_their_urls(system):
     _, answer = replay(system)
     stream = io.BytesIO()
     noise.save(stream, "png")
-    job = system.services.jobs.list("default", limit=1).jobs[0]
+    job = system.services.jobs.list("default", JobFilter()).jobs[0]
     assert len(stream.getvalue()) < 6_000_000 * 3 / 4
     output = job.outputs[0]
     system.s3.put_object(Bucket="results", Key=output.key, Body=stream.getvalue())

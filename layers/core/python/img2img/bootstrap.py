@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import boto3
 from botocore.config import Config
 
+from img2img.errors import BackendUnreachable
 from img2img.queues import JobQueue
 from img2img.settings import Settings
 from img2img.storage import Storage
@@ -92,7 +93,7 @@ class Services:
     @cached_property
     def backend(self) -> Backend:
         """What generates the pictures."""
-        from aws_lambda_powertools.utilities.parameters import SecretsProvider
+        from aws_lambda_powertools.utilities.parameters import GetParameterError, SecretsProvider
 
         from img2img.backends.segmind import SegmindBackend
 
@@ -100,7 +101,10 @@ class Services:
 
         def key(refresh: bool) -> str:
             # Read at each call, not at import: a snapshot would keep a rotated key.
-            return str(secrets.get(self.settings.segmind_secret_id, max_age=300, force_fetch=refresh))
+            try:
+                return str(secrets.get(self.settings.segmind_secret_id, max_age=300, force_fetch=refresh))
+            except GetParameterError:
+                raise BackendUnreachable("The backend's key could not be read") from None
 
         return SegmindBackend(base_url=self.settings.segmind_base_url, key=key, timeout=self.settings.segmind_timeout)
 

@@ -66,6 +66,11 @@ class ServiceError(Exception):
 class InvalidRequest(ServiceError):
     code, status, title = "invalid_request", 400, "The request is not valid"
 
+    @classmethod
+    def of_fields(cls, errors: Sequence[FieldError]) -> InvalidRequest:
+        """Return the error that blames several fields; of very many, the first twenty."""
+        return cls("; ".join(f"{e.field}: {e.detail}" for e in errors[:20]), errors=errors[:20])
+
 
 class ImageUnreachable(InvalidRequest):
     code, title = "image_unreachable", "The image could not be fetched from its URL"

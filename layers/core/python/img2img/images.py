@@ -19,15 +19,8 @@ from img2img.errors import ServiceError, TooLarge, UnsupportedImage
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ACCEPTED_CONTENT_TYPES = (
-    "image/jpeg",
-    "image/png",
-    "image/webp",
-    "image/heic",
-    "image/heif",
-    "image/avif",
-    "image/gif",
-    "image/tiff",
+ACCEPTED_CONTENT_TYPES = tuple(
+    f"image/{name}" for name in ("jpeg", "png", "webp", "heic", "heif", "avif", "gif", "tiff")
 )
 EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
@@ -78,12 +71,9 @@ class ImageInfo:
 
 
 @dataclass(frozen=True)
-class Output:
-    """What a backend returned."""
+class Output(ImageInfo):
+    """What a backend returned, and whether it is all black: how Stable Diffusion's safety checker says no."""
 
-    content_type: str
-    width: int
-    height: int
     black: bool
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from img2img.errors import JobError, OutputBlocked, job_error
 from img2img.params import Img2ImgParams
+
+DEADLINE_PASSED = "The job was not done before its deadline"
 
 
 class Status(StrEnum):
@@ -111,12 +113,39 @@ class Job:
         return next((output for output in self.outputs if output.index == index), None)
 
 
-def verdict(outputs: tuple[Output, ...]) -> JobError | None:
-    """Return why a job with these final outputs failed: None as soon as one picture was delivered."""
-    statuses = {output.status for output in outputs}
+def failed_output(job: Job, index: int, error: JobError) -> Output:
+    """Return the output of a sample that failed for good."""
+    return Output(
+        index=index,
+        status=OutputStatus.FAILED,
+        seed=job.params.seed_of(index),
+        error_code=error.code,
+        error_detail=error.detail,
+    )
+
+
+def with_outputs(job: Job, outputs: Iterable[Output]) -> Job:
+    """Return the job with more samples ended."""
+    merged = {output.index: output for output in (*job.outputs, *outputs)}
+    return replace(job, outputs=tuple(merged[index] for index in sorted(merged)))
+
+
+def missing(job: Job) -> list[int]:
+    """Return the samples that have not ended."""
+    return [index for index in range(job.params.samples) if job.output(index) is None]
+
+
+def given_up(job: Job, error: JobError) -> Job:
+    """Return the job with every sample that has not ended failed: what was delivered until then stays."""
+    return with_outputs(job, [failed_output(job, index, error) for index in missing(job)])
+
+
+def verdict(job: Job) -> JobError | None:
+    """Return why a job whose samples have all ended failed: None as soon as one picture was delivered."""
+    statuses = {output.status for output in job.outputs}
     if OutputStatus.SUCCEEDED in statuses:
         return None
-    failed = next((output for output in outputs if output.status is OutputStatus.FAILED), None)
+    failed = next((output for output in job.outputs if output.status is OutputStatus.FAILED), None)
     if failed:
         return job_error(failed.error_code, failed.error_detail)
     return OutputBlocked("The backend returned an all-black picture, as its safety checker does")

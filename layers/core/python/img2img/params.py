@@ -13,7 +13,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -236,7 +236,7 @@ def _metadata(value: Any) -> dict[str, str]:
 def _image(value: Any) -> ImageSource:
     if not isinstance(value, str) or not value.strip():
         raise _Wrong("must be an upload id, an https URL, a data URI or base64")
-    value = value.strip()
+    value = _text(len(value))(value).strip()
     if UPLOAD_ID.fullmatch(value):
         return UploadId(value)
     scheme = value[:8].lower()
@@ -279,20 +279,25 @@ FIELDS = ("image", *_PARAMS, "base64", "metadata")
 REQUIRED = ("image", "prompt")
 
 
+def unknown_field(name: str, known: Iterable[str]) -> FieldError:
+    """Return the error about a name that means nothing: its start only, for it may be of any length and no text."""
+    shown = name[:100].encode(errors="replace").decode()
+    return FieldError(shown, f"is not known; known are {', '.join(known)}")
+
+
 def parse_request(body: Any) -> Img2ImgRequest:
     """Check a decoded JSON body.
 
     Raises `InvalidRequest` naming every wrong, missing and unknown field with what it accepts.
     """
     if not isinstance(body, dict):
-        raise InvalidRequest("The body must be a JSON object", errors=[FieldError("body", "must be a JSON object")])
+        raise InvalidRequest.of_field("body", "must be a JSON object")
     errors: list[FieldError] = []
     values: dict[str, Any] = {}
     for name, value in body.items():
         parse = _PARAMS.get(name) or _OTHERS.get(name)
         if parse is None:
-            # Only the start of a name that we do not know: it may be anything, of any length.
-            errors.append(FieldError(name[:100], f"is not known; the fields are {', '.join(FIELDS)}"))
+            errors.append(unknown_field(name, FIELDS))
             continue
         # Segmind's clients send null for "not set".
         if value is None and name not in REQUIRED:
@@ -303,7 +308,7 @@ def parse_request(body: Any) -> Img2ImgRequest:
             errors.append(FieldError(name, str(wrong)))
     errors += [FieldError(name, "is required") for name in REQUIRED if name not in body]
     if errors:
-        raise InvalidRequest("; ".join(f"{e.field}: {e.detail}" for e in errors[:20]), errors=errors[:20])
+        raise InvalidRequest.of_fields(errors)
     return Img2ImgRequest(
         params=Img2ImgParams(**{name: values[name] for name in _PARAMS if name in values}),
         image=values["image"],

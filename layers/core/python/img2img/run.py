@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,7 +21,18 @@ from img2img.errors import (
     OutputBlocked,
     UnsupportedImage,
 )
-from img2img.jobs import Job, Output, OutputStatus, Status, verdict
+from img2img.jobs import (
+    DEADLINE_PASSED,
+    Job,
+    Output,
+    OutputStatus,
+    Status,
+    failed_output,
+    given_up,
+    missing,
+    verdict,
+    with_outputs,
+)
 from img2img.submit import RESEND_AFTER
 
 if TYPE_CHECKING:
@@ -89,20 +99,6 @@ def _generate(services: Services, job: Job, image: bytes, index: int) -> _Sample
     return sample
 
 
-def _failed(job: Job, index: int, error: JobError) -> Output:
-    return Output(
-        index=index,
-        status=OutputStatus.FAILED,
-        seed=job.params.seed_of(index),
-        error_code=error.code,
-        error_detail=error.detail,
-    )
-
-
-def _merge(*groups: Iterable[Output]) -> tuple[Output, ...]:
-    return tuple(sorted({output.index: output for group in groups for output in group}.values(), key=lambda o: o.index))
-
-
 def _backoff(job: Job, errors: list[JobError], now: float) -> int | None:
     """Return the seconds to wait before the next attempt, or None when there is to be none."""
     limited = [error for error in errors if isinstance(error, BackendRateLimited)]
@@ -123,19 +119,19 @@ def run_job(services: Services, team: str, job_id: str) -> Run:
     job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
     if job is None:
         return Run()
-    if services.clock() >= job.deadline_at:
-        return _finish(services, job, DeadlineExceeded("The job was not done before its deadline"))
     if job.attempts > 1:
         # An earlier attempt may have crashed with pictures already paid for and stored.
-        job = replace(job, outputs=_merge(job.outputs, services.storage.stored_outputs(job)))
-    missing = [index for index in range(job.params.samples) if job.output(index) is None]
-    if not missing:
-        return _finish(services, job, verdict(job.outputs))
-    if job.attempts > MAX_ATTEMPTS:
-        return _finish(services, job, verdict(job.outputs) or InternalError("The job could not be completed"))
+        job = with_outputs(job, services.storage.stored_outputs(job))
+    if services.clock() >= job.deadline_at:
+        job = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
+    elif job.attempts > MAX_ATTEMPTS:
+        job = given_up(job, InternalError("The job could not be completed"))
+    indexes = missing(job)
+    if not indexes:
+        return _finish(services, job)
     image = services.storage.get_input(job)
-    with ThreadPoolExecutor(len(missing)) as pool:
-        samples = list(pool.map(lambda index: _generate(services, job, image, index), missing))
+    with ThreadPoolExecutor(len(indexes)) as pool:
+        samples = list(pool.map(lambda index: _generate(services, job, image, index), indexes))
     return _conclude(services, job, samples)
 
 
@@ -146,14 +142,12 @@ def _conclude(services: Services, job: Job, samples: list[_Sample]) -> Run:
     again = [error for error in errors.values() if error.retryable]
     left = [sample.remaining_credits for sample in samples if sample.remaining_credits is not None]
     wait = _backoff(job, again, services.clock()) if again else None
-    failed = [_failed(job, index, e) for index, e in errors.items() if wait is None or not e.retryable]
-    job = replace(
-        job,
-        outputs=_merge(job.outputs, done, failed),
-        remaining_credits=min(left) if left else job.remaining_credits,
-    )
+    failed = [failed_output(job, index, e) for index, e in errors.items() if wait is None or not e.retryable]
+    job = with_outputs(job, [*done, *failed])
+    if left:
+        job = replace(job, remaining_credits=min(left))
     if wait is None:
-        return _finish(services, job, verdict(job.outputs))
+        return _finish(services, job)
     # The message's own return comes first; `sweep` only steps in when that is lost.
     due_at = min(int(services.clock()) + wait + RESEND_AFTER, job.deadline_at)
     counts = not all(isinstance(error, BackendRateLimited) for error in again)
@@ -163,8 +157,8 @@ def _conclude(services: Services, job: Job, samples: list[_Sample]) -> Run:
     return Run(job, retry_after=wait, remaining_credits=job.remaining_credits)
 
 
-def _finish(services: Services, job: Job, error: JobError | None) -> Run:
-    ended = services.jobs.finish(job, error=error)
+def _finish(services: Services, job: Job) -> Run:
+    ended = services.jobs.finish(job, error=verdict(job))
     if ended is None:
         return _discard(services, job)
     return Run(ended, remaining_credits=job.remaining_credits)

@@ -13,6 +13,7 @@ from img2img.dynamo import Item, cancellations, error_code, number, outputs_json
 from img2img.errors import JobError, NotFound
 from img2img.ids import first_id_at, id_before, new_id
 from img2img.jobs import Job, Status, before
+from img2img.listing import JobFilter
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -126,27 +127,21 @@ class JobStore:
             raise NotFound(f"There is no job {job_id}")
         return to_job(answer["Item"])
 
-    def list(
-        self,
-        team: str,
-        *,
-        limit: int,
-        cursor: str | None = None,
-        status: Status | None = None,
-        created_after_ms: int | None = None,
-        created_before_ms: int | None = None,
-    ) -> Page:
-        """Return the team's jobs, newest first, both bounds exclusive.
+    def list(self, team: str, wanted: JobFilter) -> Page:
+        """Return the team's jobs, newest first.
 
         Reads at most ten pages: with a rare status a page may be short and still carry a cursor.
         """
-        low = first_id_at(0 if created_after_ms is None else created_after_ms + 1)
-        high = id_before(first_id_at(2**48 - 1 if created_before_ms is None else created_before_ms))
-        if cursor:
-            high = min(high, id_before(cursor))
+        low = first_id_at(0 if wanted.created_after is None else wanted.created_after + 1)
+        high = id_before(first_id_at(2**48 - 1 if wanted.created_before is None else wanted.created_before))
+        if wanted.cursor:
+            high = min(high, id_before(wanted.cursor))
+        if low > high:
+            return Page([], None)
         query: dict[str, Any] = {
             "TableName": self._table,
             "KeyConditionExpression": "pk = :pk AND sk BETWEEN :low AND :high",
+            "FilterExpression": "expires_at > :now",
             "ExpressionAttributeValues": {
                 ":pk": text(f"TEAM#{team}"),
                 ":low": text(f"JOB#{low}"),
@@ -154,22 +149,19 @@ class JobStore:
                 ":now": number(int(self._clock())),
             },
             "ScanIndexForward": False,
-            "Limit": limit + 1 if status is None else 100,
-            "FilterExpression": "expires_at > :now",
+            "Limit": wanted.limit + 1 if wanted.status is None else 100,
         }
-        if low > high:
-            return Page([], None)
-        if status is not None:
+        if wanted.status is not None:
             query["FilterExpression"] += " AND #status = :status"
             query["ExpressionAttributeNames"] = {"#status": "status"}
-            query["ExpressionAttributeValues"][":status"] = text(status)
+            query["ExpressionAttributeValues"][":status"] = text(wanted.status)
         jobs: list[Job] = []
         last: str | None = None
         for _ in range(10):
             answer = self._client.query(**query)
             jobs += [to_job(item) for item in answer["Items"]]
-            if len(jobs) > limit:
-                return Page(jobs[:limit], jobs[limit - 1].id)
+            if len(jobs) > wanted.limit:
+                return Page(jobs[: wanted.limit], jobs[wanted.limit - 1].id)
             if "LastEvaluatedKey" not in answer:
                 return Page(jobs, None)
             query["ExclusiveStartKey"] = answer["LastEvaluatedKey"]

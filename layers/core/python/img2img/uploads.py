@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from img2img import images
 from img2img.errors import FieldError, InvalidRequest, TooLarge
 from img2img.ids import new_id
+from img2img.params import unknown_field
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -32,14 +33,14 @@ def announce(services: Services, team: str, body: Any) -> dict[str, Any]:
     `body` may name the `content_type`, else it is JPEG. Raises `InvalidRequest`.
     """
     if not isinstance(body, dict):
-        raise InvalidRequest("The body must be a JSON object", errors=[FieldError("body", "must be a JSON object")])
+        raise InvalidRequest.of_field("body", "must be a JSON object")
     unknown = [name for name in body if name != "content_type"]
-    errors = [FieldError(name[:100], "is not known; the field is content_type") for name in unknown]
+    errors = [unknown_field(name, ["content_type"]) for name in unknown]
     content_type = body.get("content_type", "image/jpeg")
     if content_type not in images.ACCEPTED_CONTENT_TYPES:
         errors.append(FieldError("content_type", f"must be one of {', '.join(images.ACCEPTED_CONTENT_TYPES)}"))
     if errors:
-        raise InvalidRequest("; ".join(f"{e.field}: {e.detail}" for e in errors[:20]), errors=errors[:20])
+        raise InvalidRequest.of_fields(errors)
     upload_id = _new_upload_id(services)
     return {
         "id": upload_id,

@@ -1,0 +1,80 @@
+"""Which jobs a caller wants listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from img2img.errors import FieldError, InvalidRequest
+from img2img.ids import ULID
+from img2img.jobs import Status
+from img2img.params import unknown_field
+
+MAX_LIMIT = 100
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Both times are exclusive bounds, in epoch milliseconds."""
+
+    limit: int = 20
+    cursor: str | None = None
+    status: Status | None = None
+    created_after: int | None = None
+    created_before: int | None = None
+
+
+def _limit(text: str) -> int:
+    if text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_LIMIT:
+        return int(text)
+    raise ValueError(f"must be an integer from 1 to {MAX_LIMIT}")
+
+
+def _cursor(text: str) -> str:
+    if ULID.fullmatch(text):
+        return text
+    raise ValueError("must be the cursor of an earlier answer")
+
+
+def _status(text: str) -> Status:
+    if text in list(Status):
+        return Status(text)
+    raise ValueError(f"must be one of {', '.join(Status)}")
+
+
+def _time(text: str) -> int:
+    try:
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo:
+            return int(moment.timestamp() * 1000)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("must be an ISO 8601 time with its offset, for example 2026-11-22T12:00:00Z")
+
+
+_PARSERS = {
+    "limit": _limit,
+    "cursor": _cursor,
+    "status": _status,
+    "created_after": _time,
+    "created_before": _time,
+}
+
+
+def parse_filter(query: Mapping[str, str]) -> JobFilter:
+    """Check query parameters. Raises `InvalidRequest` naming every wrong and unknown one."""
+    errors: list[FieldError] = []
+    values = {}
+    for name, text in query.items():
+        parse = _PARSERS.get(name)
+        if parse is None:
+            errors.append(unknown_field(name, _PARSERS))
+            continue
+        try:
+            values[name] = parse(text)
+        except ValueError as wrong:
+            errors.append(FieldError(name, str(wrong)))
+    if errors:
+        raise InvalidRequest.of_fields(errors)
+    return JobFilter(**values)  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+"""Every AWS and HTTP call that the functions make, with a place before and after each where a test steps in.
+
+A call is named after its operation; one that belongs to a sample carries the sample's index ("POST 0",
+"PutObject 1"), and one made again carries its number ("UpdateItem #2").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytest
+import requests
+from botocore import handlers
+
+# The seed of every job here, so that a call of the backend tells its sample.
+SEED = 1000
+BEFORE: Literal["before"] = "before"
+AFTER: Literal["after"] = "after"
+MOMENTS = (BEFORE, AFTER)
+Step = Callable[[str, str], None]
+
+
+class Killed(BaseException):
+    """The process is gone: no `except Exception` of the code it ran in may catch this."""
+
+
+class Calls:
+    """Shows the calls to one step at a time. `made` names those that the last step let happen, in their order."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self._step: Step | None = None
+        self._unseen = 0
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._thread = threading.local()
+
+    @contextmanager
+    def shown_to(self, step: Step) -> Iterator[None]:
+        """Have `step` called before and after every call of any thread."""
+        self.made, self._counts = [], Counter()
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = None
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Make calls that no step sees, while every thread that is watched waits in its step."""
+        self._unseen += 1
+        try:
+            yield
+        finally:
+            self._unseen -= 1
+
+    def _reach(self, name: str, moment: str) -> None:
+        step = self._step
+        if step is None or self._unseen:
+            return
+        if moment == AFTER:
+            step(self._thread.name, AFTER)
+            return
+        with self._lock:
+            self._counts[name] += 1
+            name += f" #{self._counts[name]}" if self._counts[name] > 1 else ""
+        self._thread.name = name
+        step(name, BEFORE)
+        self.made.append(name)
+
+    def _before_send(self, event_name: str, request: Any, **_: Any) -> None:
+        operation = event_name.rpartition(".")[2]
+        # An output's object is named after its sample.
+        sample = re.search(r"/(\d)\.\w+(?:\?|$)", request.url)
+        self._reach(f"{operation} {sample[1]}" if sample else operation, BEFORE)
+
+    def _response_received(self, **_: Any) -> None:
+        self._reach("", AFTER)
+
+    @contextmanager
+    def watched(self) -> Iterator[Calls]:
+        """Watch the clients that are made from now on, and everything that goes through `requests`."""
+        watchers = [
+            # Before moto's own, which is where the call takes effect.
+            ("before-send", self._before_send, handlers.REGISTER_FIRST),
+            ("response-received", self._response_received),
+        ]
+        send = requests.Session.send
+        calls = self
+
+        def watched_send(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> Any:
+            name = f"POST {json.loads(request.body or '')['seed'] - SEED}"
+            calls._reach(name, BEFORE)
+            response = send(session, request, **options)
+            try:
+                calls._reach(name, AFTER)
+            except BaseException:
+                # The kernel closes what a dead process held open.
+                response.close()
+                raise
+            return response
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(requests.Session, "send", watched_send)
+            handlers.BUILTIN_HANDLERS.extend(watchers)
+            try:
+                yield self
+            finally:
+                for watcher in watchers:
+                    handlers.BUILTIN_HANDLERS.remove(watcher)
+
+
+class InOrder:
+    """A step that makes the calls named in `order` wait for each other, whatever threads they come from."""
+
+    def __init__(self, order: Sequence[str] = ()) -> None:
+        self._order = list(order)
+        self._reached: set[str] = set()
+        self._done: set[str] = set()
+        self._changed = threading.Condition()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing waits any longer."""
+        return False
+
+    def __call__(self, name: str, moment: str) -> None:
+        with self._changed:
+            if moment == BEFORE and name in self._order:
+                self._reached.add(name)
+                self._changed.notify_all()
+                # The first waits until the other threads stand here, so that none is under way when something happens.
+                others = {call for call in self._order if call.startswith("POST")} if name == self._order[0] else set()
+                earlier = set(self._order[: self._order.index(name)])
+                in_time = self._changed.wait_for(
+                    lambda: self.over or (others <= self._reached and earlier <= self._done), timeout=30
+                )
+                assert in_time, f"{name} waited for {earlier - self._done or others - self._reached}"
+            try:
+                self.at(name, moment)
+            finally:
+                if moment == AFTER:
+                    self._done.add(name)
+                self._changed.notify_all()
+
+    def at(self, name: str, moment: str) -> None:
+        """Do what is to be done here."""
+
+
+class Kill(InOrder):
+    """Kills the process at one place: from there on none of its threads makes another call."""
+
+    def __init__(self, name: str, moment: str, order: Sequence[str] = ()) -> None:
+        super().__init__(order)
+        self._place = (name, moment)
+        self.dead = False
+
+    @property
+    def over(self) -> bool:
+        return self.dead
+
+    def at(self, name: str, moment: str) -> None:
+        if (name, moment) == self._place:
+            self.dead = True
+        if self.dead:
+            raise Killed
+
+
+class Meanwhile(Kill):
+    """Has something else happen at one place, once; it may kill the process at a later one."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        happens: Callable[[], Any],
+        at: tuple[str, str],
+        order: Sequence[str] = (),
+        kill: tuple[str, str] = ("nowhere", BEFORE),
+    ) -> None:
+        super().__init__(*kill, order)
+        self._calls = calls
+        self._happens = happens
+        self._at = at
+        self.happened = False
+
+    def at(self, name: str, moment: str) -> None:
+        if (name, moment) == self._at and not self.happened:
+            self.happened = True
+            with self._calls.unseen():
+                self._happens()
+        super().at(name, moment)

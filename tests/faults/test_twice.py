@@ -1,0 +1,155 @@
+"""Messages that come twice or too late, and jobs that are canceled or deleted while a worker is at them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from img2img.run import run_job
+from tests.faults.calls import AFTER, BEFORE, MOMENTS, Meanwhile
+from tests.faults.deployment import LEASE, ONE_BY_ONE, VISIBILITY, Deployment
+
+TWO_SAMPLES = ("UpdateItem", "GetObject", *ONE_BY_ONE, "TransactWriteItems")
+RATE_LIMITED = ("UpdateItem", "GetObject", "POST 0", "UpdateItem #2", "ChangeMessageVisibility")
+
+
+def _places(calls: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(call, moment, id=f"{moment} {call}") for call, moment in itertools.product(calls, MOMENTS)]
+
+
+def _run_while(deployment: Deployment, happens: Callable[[], Any], place: tuple[str, str], order: Any = ()) -> None:
+    """Hand the held message to the worker; something happens at one of its calls. Then all goes on as ever."""
+    meanwhile = Meanwhile(deployment.calls, happens, place, order)
+    deployment.run(meanwhile)
+    assert meanwhile.happened
+
+
+@pytest.mark.parametrize(("call", "moment"), _places(TWO_SAMPLES))
+def test_a_message_that_comes_twice_at_once_runs_its_job_once(deployment, call, moment):
+    deployment.warm()
+    job_id = deployment.new_job(samples=2)
+    message = next(iter(deployment.held.values()))
+    done = []
+    _run_while(deployment, lambda: done.append(deployment.system.work(message)), (call, moment), ONE_BY_ONE)
+    assert done == [True]
+    deployment.assert_succeeded(job_id, samples=2)
+    assert deployment.seeds() == {0: 1, 1: 1}
+
+
+class _OneWriteAtATime:
+    """A step that gives moto what DynamoDB has: of two conditional writes of one item, one comes first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, moment: str) -> None:
+        if name.startswith("POST"):
+            return
+        if moment == BEFORE:
+            assert self._lock.acquire(timeout=30)
+        else:
+            self._lock.release()
+
+
+def test_workers_that_start_together_run_a_job_once(deployment):
+    job_id = deployment.new_job(samples=2)
+    services = deployment.system.services
+    _ = services.jobs, services.storage, services.backend
+    together = threading.Barrier(4)
+
+    def work(_number: int) -> bool:
+        together.wait()
+        return run_job(services, "default", job_id).job is not None
+
+    with deployment.calls.shown_to(_OneWriteAtATime()), ThreadPoolExecutor(4) as pool:
+        ran = list(pool.map(work, range(4)))
+    assert sorted(ran) == [False, False, False, True]
+    deployment.settle()
+    deployment.assert_succeeded(job_id, samples=2)
+    assert deployment.seeds() == {0: 1, 1: 1}
+
+
+def test_a_message_that_comes_again_after_the_end_changes_nothing(deployment):
+    job_id = deployment.new_job()
+    message = next(iter(deployment.held.values()))
+    assert deployment.system.work(message)
+    ended = deployment.item(job_id)
+    deployment.system.clock.advance(VISIBILITY)
+    assert deployment.system.work(message)
+    assert deployment.item(job_id) == ended
+    assert deployment.seeds() == {0: 1}
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+def test_a_message_that_comes_after_its_job_was_ended_asks_nothing_of_the_backend(deployment, end):
+    job_id = deployment.new_job()
+    _end(deployment, end, job_id)
+    deployment.settle()
+    assert deployment.seeds() == {}
+    assert deployment.results(job_id) == []
+    assert deployment.system.messages() == 0
+
+
+def _end(deployment: Deployment, how: str, job_id: str) -> None:
+    if how == "cancel":
+        assert deployment.system.api("POST", f"/jobs/{job_id}/cancel").status == 200
+    else:
+        assert deployment.system.api("DELETE", f"/jobs/{job_id}").status == 204
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+@pytest.mark.parametrize(("call", "moment"), _places(TWO_SAMPLES))
+def test_a_job_ended_between_two_calls_of_its_worker_stays_ended_and_leaves_no_picture(deployment, call, moment, end):
+    deployment.warm()
+    job_id = deployment.new_job(samples=2)
+    _run_while(deployment, lambda: _end(deployment, end, job_id), (call, moment), ONE_BY_ONE)
+    deployment.settle()
+    if (call, moment, end) == ("TransactWriteItems", AFTER, "cancel"):
+        # It had succeeded before.
+        deployment.assert_succeeded(job_id, samples=2)
+    else:
+        _assert_ended(deployment, end, job_id)
+    assert max(deployment.seeds().values(), default=0) <= 1
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+@pytest.mark.parametrize(("call", "moment"), _places(RATE_LIMITED))
+def test_a_job_ended_while_it_is_put_off_stays_ended(deployment, call, moment, end):
+    deployment.warm()
+    deployment.system.segmind.behave("429")
+    job_id = deployment.new_job()
+    _run_while(deployment, lambda: _end(deployment, end, job_id), (call, moment))
+    deployment.settle()
+    _assert_ended(deployment, end, job_id)
+    assert len(deployment.system.segmind.calls) <= 1
+
+
+def _assert_ended(deployment: Deployment, how: str, job_id: str) -> None:
+    assert deployment.results(job_id) == []
+    answer = deployment.system.api("GET", f"/jobs/{job_id}")
+    if how == "delete":
+        assert answer.status == 404
+        assert deployment.inputs(job_id) == []
+        assert deployment.job_ids() == set()
+    else:
+        assert answer.json["status"] == "canceled"
+        assert answer.json["outputs"] == []
+    deployment.assert_at_rest(job_id)
+
+
+@pytest.mark.parametrize(("call", "moment"), _places(("Query", "Query #4", "UpdateItem", "SendMessage")))
+def test_two_sweeps_at_once_do_no_harm(deployment, call, moment):
+    job_id = deployment.new_job()
+    deployment.lose_messages()
+    deployment.system.clock.advance(LEASE + 1)
+    other = Meanwhile(deployment.calls, deployment.system.sweep, (call, moment))
+    with deployment.calls.shown_to(other):
+        deployment.system.sweep()
+    deployment.settle()
+    deployment.assert_succeeded(job_id)
+    assert deployment.seeds() == {0: 1}

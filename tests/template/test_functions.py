@@ -1,0 +1,221 @@
+"""Functions, their environment, their triggers and what they may do."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from img2img.settings import Settings
+
+FUNCTIONS = ("ApiFunction", "WorkerFunction", "SweepFunction")
+SETTINGS = {field.metadata["name"]: field for field in dataclasses.fields(Settings)}
+
+
+@pytest.fixture(params=FUNCTIONS)
+def function(request, template):
+    return template.properties(request.param)
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def test_runtime(function):
+    assert function["Runtime"] == "python3.13"
+    assert function["Architectures"] == ["arm64"]
+    assert function["Handler"] == "app.handler"
+    assert function["TracingConfig"] == {"Mode": "Active"}
+    assert len(function["Layers"]) == 2
+
+
+def test_no_other_functions(template):
+    assert set(template.of_type("AWS::Lambda::Function")) == set(FUNCTIONS)
+
+
+def test_each_setting_is_set_and_nothing_else(function):
+    variables = {name for name in function["Environment"]["Variables"] if not name.startswith("POWERTOOLS_")}
+    assert variables == set(SETTINGS)
+
+
+def test_powertools_settings(function):
+    variables = function["Environment"]["Variables"]
+    assert variables["POWERTOOLS_SERVICE_NAME"] == "img2img"
+    assert variables["POWERTOOLS_METRICS_NAMESPACE"] == "Img2Img"
+    # Whole events hold API keys and prompts.
+    assert "POWERTOOLS_LOGGER_LOG_EVENT" not in variables
+    assert "POWERTOOLS_DEV" not in variables
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_default_of_a_setting_is_that_of_its_parameter(template, source, name):
+    field = SETTINGS[name]
+    value = template.properties("ApiFunction")["Environment"]["Variables"][name]
+    if isinstance(value, dict):
+        referenced = value["Ref"]
+        if referenced not in source["Parameters"]:
+            return  # the name of a resource
+        value = source["Parameters"][referenced]["Default"]
+    assert field.default is not dataclasses.MISSING
+    assert str(value) == str(field.default)
+
+
+def test_retry_times_fit_together(template):
+    worker = template.properties("WorkerFunction")["Timeout"]
+    queue = template.properties("JobsQueue")
+    variables = template.properties("WorkerFunction")["Environment"]["Variables"]
+    assert queue["VisibilityTimeout"] >= 6 * worker
+    assert int(variables["LEASE_SECONDS"]) > worker
+    # The gateway hangs up at 29 s, and a sweep ends before the next one starts.
+    assert template.properties("ApiFunction")["Timeout"] <= 29
+    assert template.properties("SweepFunction")["Timeout"] < 60
+
+
+def test_longest_segmind_call_fits_into_the_worker(template, source):
+    longest = source["Parameters"]["SegmindTimeoutSeconds"]["MaxValue"]
+    assert longest < template.properties("WorkerFunction")["Timeout"]
+
+
+def test_deadline_ends_a_job_before_its_message_is_lost(template, source):
+    assert (
+        source["Parameters"]["JobDeadlineSeconds"]["MaxValue"]
+        < template.properties("JobsQueue")["MessageRetentionPeriod"]
+    )
+
+
+def test_worker_trigger(template):
+    (mapping,) = template.of_type("AWS::Lambda::EventSourceMapping").values()
+    assert mapping["BatchSize"] == 1
+    assert mapping["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    assert mapping["ScalingConfig"] == {"MaximumConcurrency": {"Ref": "WorkerConcurrency"}}
+    assert mapping["EventSourceArn"] == {"Fn::GetAtt": ["JobsQueue", "Arn"]}
+
+
+def test_sweep_runs_every_minute(template):
+    (rule,) = template.of_type("AWS::Events::Rule").values()
+    assert rule["ScheduleExpression"] == "rate(1 minute)"
+
+
+def test_api_function_is_a_snapshot_behind_an_alias(template):
+    assert template.properties("ApiFunction")["SnapStart"] == {"ApplyOn": "PublishedVersions"}
+    (alias,) = template.of_type("AWS::Lambda::Alias").values()
+    assert alias["Name"] == "live"
+    (version,) = [r for r in template.resources.values() if r["Type"] == "AWS::Lambda::Version"]
+    # Kept versions are snapshots that are paid for.
+    assert version["DeletionPolicy"] == "Delete"
+
+
+def test_alias_follows_code_and_layers(version_of):
+    assert version_of() == version_of()
+    assert version_of(artefacts="two") != version_of()
+    for layer in ("CoreLayer", "DependenciesLayer"):
+        changed = version_of(lambda t, layer=layer: t["Resources"][layer]["Properties"].update(Description="changed"))
+        assert changed != version_of(), layer
+
+
+def test_alias_follows_the_functions_own_properties(version_of):
+    assert version_of(lambda t: t["Resources"]["ApiFunction"]["Properties"].update(Timeout=28)) != version_of()
+    assert (
+        version_of(lambda t: t["Globals"]["Function"]["Environment"]["Variables"].update(NEW_NAME="value"))
+        != version_of()
+    )
+
+
+def test_alias_follows_parameters(template, source):
+    (version,) = template.of_type("AWS::Lambda::Version").values()
+    mentioned = set(re.findall(r"\$\{(\w+)\}", version["Description"]["Fn::Sub"]))
+    variables = template.properties("ApiFunction")["Environment"]["Variables"].values()
+    used = {v["Ref"] for v in variables if isinstance(v, dict)} & set(source["Parameters"])
+    assert mentioned == used
+
+    def longest(name):
+        parameter = source["Parameters"][name]
+        if "AllowedValues" in parameter:
+            return max(len(str(value)) for value in parameter["AllowedValues"])
+        return parameter.get("MaxLength") or len(str(parameter["MaxValue"]))
+
+    text = version["Description"]["Fn::Sub"]
+    assert len(re.sub(r"\$\{\w+\}", "", text)) + sum(map(longest, mentioned)) <= 256
+
+
+def test_logs_are_json_kept_for_a_while_in_a_group_of_the_stack(function, template):
+    group = function["LoggingConfig"]["LogGroup"]["Ref"]
+    assert function["LoggingConfig"]["LogFormat"] == "JSON"
+    assert template.properties(group)["RetentionInDays"] == {"Ref": "LogRetentionDays"}
+
+
+def test_no_log_level_at_which_libraries_log_bodies(source, template):
+    assert "DEBUG" not in source["Parameters"]["LogLevel"]["AllowedValues"]
+    # It would be the level of the root logger, whatever Powertools' own is.
+    assert all("ApplicationLogLevel" not in template.properties(name)["LoggingConfig"] for name in FUNCTIONS)
+
+
+def test_own_roles_without_managed_policies(template):
+    roles = template.of_type("AWS::IAM::Role")
+    assert set(roles) == {f"{name}Role" for name in FUNCTIONS}
+    for name, role in roles.items():
+        assert "ManagedPolicyArns" not in role, name
+    for name in FUNCTIONS:
+        assert template.properties(name)["Role"] == {"Fn::GetAtt": [f"{name}Role", "Arn"]}
+
+
+def test_no_statement_allows_any_action(template):
+    for name, statement in template.statements():
+        assert {"Sid", "Effect", "Action", "Resource"} <= set(statement), name
+        if statement["Effect"] == "Allow":
+            assert not [action for action in as_list(statement["Action"]) if "*" in action], (name, statement["Sid"])
+
+
+def test_no_statement_allows_any_resource_but_for_traces(template):
+    for name, statement in template.statements():
+        if "*" in as_list(statement["Resource"]):
+            # X-Ray has no resources to name.
+            assert all(action.startswith("xray:Put") for action in as_list(statement["Action"])), name
+        for resource in as_list(statement["Resource"]):
+            text = resource.get("Fn::Sub", "") if isinstance(resource, dict) else resource
+            if statement["Effect"] == "Allow" and text.endswith("*") and text != "*":
+                assert re.fullmatch(r"\$\{(Uploads|Results)Bucket\.Arn\}/(uploads|inputs|results)/\*", text), name
+
+
+def allowed(template, role):
+    return {
+        (action, str(resource))
+        for name, statement in template.statements()
+        if name == role
+        for action in as_list(statement["Action"])
+        for resource in as_list(statement["Resource"])
+    }
+
+
+def test_worker_may_back_off(template):
+    queue = str({"Fn::GetAtt": ["JobsQueue", "Arn"]})
+    granted = {action for action, resource in allowed(template, "WorkerFunctionRole") if resource == queue}
+    assert granted == {
+        f"sqs:{action}"
+        for action in ("ReceiveMessage", "DeleteMessage", "GetQueueAttributes", "ChangeMessageVisibility")
+    }
+
+
+def test_only_the_worker_reads_the_segmind_key(template):
+    readers = {name for name, s in template.statements() if "secretsmanager:GetSecretValue" in as_list(s["Action"])}
+    assert readers == {"WorkerFunctionRole"}
+    assert ("secretsmanager:GetSecretValue", str({"Ref": "SegmindSecret"})) in allowed(template, "WorkerFunctionRole")
+
+
+def test_listing_is_bound_to_prefixes(template):
+    listings = [s for _, s in template.statements() if "s3:ListBucket" in as_list(s["Action"])]
+    bound = [s for s in listings if "Condition" in s]
+    # The one without tells a missing upload from a forbidden one; a read names no prefix.
+    assert [s["Sid"] for s in listings if s not in bound] == ["MissingUploads"]
+    assert bound
+    for statement in bound:
+        prefixes = as_list(statement["Condition"]["StringLike"]["s3:prefix"])
+        assert set(prefixes) <= {"uploads/*", "inputs/*", "results/*"}
+
+
+def test_no_function_may_touch_the_others_data(template):
+    for role in ("WorkerFunctionRole", "SweepFunctionRole"):
+        assert not [r for a, r in allowed(template, role) if "IdempotencyTable" in r]
+        assert ("dynamodb:DeleteItem", str({"Fn::GetAtt": ["JobsTable", "Arn"]})) not in allowed(template, role)
+    assert not [a for a, _ in allowed(template, "SweepFunctionRole") if a.startswith(("s3:", "secretsmanager:"))]

@@ -1,0 +1,42 @@
+"""The routes of the code are those of the template."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from functions.api import app
+
+
+def _shape(path: str) -> str:
+    """Return a path with its parameters' names left out."""
+    return re.sub(r"<[^>]+>|\{[^}]+\}", "{}", path)
+
+
+def _routes_of_the_code() -> set[tuple[str, str]]:
+    # Powertools has no public list of them but the OpenAPI schema, which leaves out undocumented ones.
+    routes = [*app.app._static_routes, *app.app._dynamic_routes]
+    return {(route.method.upper(), _shape(route.path)) for route in routes}
+
+
+def test_routes_agree(template):
+    routes = {(method, _shape(path)) for method, path, _ in template.operations() if method != "OPTIONS"}
+    assert routes == _routes_of_the_code()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/sd1.5-img2img"),
+        ("POST", "/uploads"),
+        ("GET", "/jobs"),
+        ("GET", "/jobs/{id}"),
+        ("GET", "/jobs/{id}/outputs/{index}"),
+        ("POST", "/jobs/{id}/cancel"),
+        ("DELETE", "/jobs/{id}"),
+        ("GET", "/health"),
+    ],
+)
+def test_route_exists(template, method, path):
+    assert method.lower() in template.api["paths"][path]

@@ -1,0 +1,178 @@
+"""What a job may become, and what its samples make of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from img2img.errors import (
+    BackendFailed,
+    BackendOutOfCredits,
+    BackendTimeout,
+    DeadlineExceeded,
+    InternalError,
+    JobError,
+    OutputBlocked,
+    job_error,
+)
+from img2img.jobs import NEXT, Job, Output, OutputStatus, Status, before, given_up, missing, verdict, with_outputs
+from img2img.params import Img2ImgParams
+
+
+def output(index: int, status: OutputStatus, **others: object) -> Output:
+    return Output(index=index, status=status, seed=7 + index, **others)
+
+
+def refused(index: int, error: type[JobError], detail: str = "why") -> Output:
+    return output(index, OutputStatus.FAILED, error_code=error.code, error_detail=detail)
+
+
+def job(**others: object) -> Job:
+    fields = {
+        "id": "01ARZ3NDEKTSV4RRFFQ69G5FAV",
+        "team": "default",
+        "key_id": "key",
+        "correlation_id": "request",
+        "status": Status.QUEUED,
+        "params": Img2ImgParams(prompt="a castle", seed=7),
+        "backend": "segmind",
+        "created_ms": 1_700_000_000_000,
+        "deadline_at": 1_700_001_800,
+    }
+    return Job(**{**fields, **others})
+
+
+OK, BLOCKED = OutputStatus.SUCCEEDED, OutputStatus.BLOCKED
+
+
+def test_the_statuses_that_a_job_may_take():
+    assert {
+        # Succeeded: the deadline passed while some samples waited, and others had been delivered.
+        Status.QUEUED: {Status.PROCESSING, Status.SUCCEEDED, Status.FAILED, Status.CANCELED},
+        Status.PROCESSING: {Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELED},
+        Status.SUCCEEDED: set(),
+        Status.FAILED: set(),
+        Status.CANCELED: set(),
+    } == NEXT
+
+
+@pytest.mark.parametrize("status", Status)
+def test_a_status_is_terminal_when_nothing_follows_it(status):
+    assert status.is_terminal == (status in (Status.SUCCEEDED, Status.FAILED, Status.CANCELED))
+    assert status not in NEXT[status]
+
+
+@pytest.mark.parametrize("status", Status)
+def test_before_is_next_read_backwards(status):
+    assert {old for old in Status if status in NEXT[old]} == set(before(status))
+
+
+def test_every_unfinished_job_can_fail_and_be_canceled():
+    unfinished = {status for status in Status if not status.is_terminal}
+    assert set(before(Status.FAILED)) == set(before(Status.CANCELED)) == unfinished
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        (output(0, OK),),
+        (output(0, BLOCKED), output(1, OK)),
+        (refused(0, BackendFailed), output(1, BLOCKED), output(2, OK)),
+    ],
+)
+def test_one_picture_makes_a_job_succeed(outputs):
+    assert verdict(job(outputs=outputs)) is None
+
+
+def test_a_job_fails_of_its_first_failed_sample():
+    outputs = (output(0, BLOCKED), refused(1, BackendOutOfCredits, "no credits"), refused(2, BackendFailed))
+    found = verdict(job(outputs=outputs))
+    assert type(found) is BackendOutOfCredits
+    assert found.detail == "no credits"
+
+
+def test_a_job_whose_samples_are_all_black_is_blocked():
+    assert type(verdict(job(outputs=(output(0, BLOCKED), output(1, BLOCKED))))) is OutputBlocked
+
+
+def test_outputs_that_come_later_are_put_in_order_and_replace_earlier_ones():
+    known = job(outputs=(output(1, BLOCKED), output(3, OK)))
+    found = with_outputs(known, [output(2, OK), output(0, OK), output(1, OK)]).outputs
+    assert [(item.index, item.status) for item in found] == [(index, OK) for index in range(4)]
+
+
+def test_what_is_missing_is_what_has_not_ended():
+    samples = Img2ImgParams(prompt="a castle", seed=7, samples=4)
+    assert missing(job(params=samples)) == [0, 1, 2, 3]
+    assert missing(job(params=samples, outputs=(refused(0, BackendFailed), output(2, BLOCKED)))) == [1, 3]
+
+
+def test_a_job_given_up_keeps_what_was_delivered():
+    samples = Img2ImgParams(prompt="a castle", seed=7, samples=3)
+    given = given_up(job(params=samples, outputs=(output(1, OK),)), DeadlineExceeded("too late"))
+    assert missing(given) == []
+    assert [(item.status, item.seed, item.error_code) for item in given.outputs] == [
+        (OutputStatus.FAILED, 7, "deadline_exceeded"),
+        (OK, 8, ""),
+        (OutputStatus.FAILED, 9, "deadline_exceeded"),
+    ]
+    assert verdict(given) is None
+
+
+def test_a_job_given_up_with_nothing_delivered_fails_of_why():
+    found = verdict(given_up(job(), DeadlineExceeded("too late")))
+    assert type(found) is DeadlineExceeded
+    assert found.detail == "too late"
+
+
+def test_samples_generated_together_take_as_long_as_the_longest():
+    assert job().generation_seconds == 0
+    assert job(outputs=(output(0, OK, seconds=1.5), output(1, OK, seconds=2.5))).generation_seconds == 2.5
+
+
+def test_an_output_is_found_by_its_index():
+    second = output(1, OK)
+    assert job(outputs=(second,)).output(1) is second
+    assert job(outputs=(second,)).output(0) is None
+
+
+def test_a_failed_job_knows_its_error():
+    assert job().error is None
+    found = job(status=Status.FAILED, error_code="deadline_exceeded", error_detail="too late").error
+    assert type(found) is DeadlineExceeded
+    assert (found.detail, found.status) == ("too late", 504)
+
+
+def all_job_errors(root: type[JobError] = JobError) -> list[type[JobError]]:
+    return [child for direct in root.__subclasses__() for child in (direct, *all_job_errors(direct))]
+
+
+@pytest.mark.parametrize("error", [e for e in all_job_errors() if "code" in e.__dict__], ids=lambda e: e.__name__)
+def test_every_error_of_a_job_is_found_again_by_its_code(error):
+    assert type(job_error(error.code, "detail")) is error
+    assert error.status in (500, 502, 503, 504)
+
+
+def test_an_error_that_no_version_knows_is_internal():
+    assert type(job_error("of_a_later_version", "detail")) is InternalError
+    assert type(job_error("not_found", "no job error")) is InternalError
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        ("backend_failed", True),
+        ("backend_gateway_timeout", True),
+        ("backend_rate_limited", True),
+        ("backend_unreachable", True),
+        ("backend_broken", False),
+        ("backend_out_of_credits", False),
+        ("backend_refused", False),
+        (BackendTimeout.code, False),
+        ("backend_unauthorized", False),
+        ("deadline_exceeded", False),
+        ("internal_error", False),
+        ("output_blocked", False),
+    ],
+)
+def test_only_what_cannot_have_been_billed_is_retryable(error, again):
+    assert job_error(error, "").retryable is again

@@ -1,0 +1,656 @@
+"""Jobs in a table: which write is refused when, whoever comes late, twice or at the same time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import boto3
+import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.exceptions import ClientError
+from moto import mock_aws
+
+from img2img.errors import BackendFailed, DeadlineExceeded, NotFound
+from img2img.ids import new_id
+from img2img.jobs import NEXT, Job, Output, OutputStatus, Status
+from img2img.listing import JobFilter
+from img2img.params import Img2ImgParams
+from img2img.store import GUARD_TTL, Guard, Guarded, JobStore
+from tests.system import create_resources
+
+START = 1_790_000_000
+LEASE = 130
+DAY = 86_400
+RETENTION_DAYS = 30
+
+
+class Clock:
+    """A clock that stands until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = float(START)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Table:
+    """A store over moto, its clock, and the client that it speaks through."""
+
+    client: Any
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.store = JobStore(self.client, "jobs", retention_days=RETENTION_DAYS, clock=self.clock)
+
+    def job(self, *, guard: Guard | None = None, **others: Any) -> Job:
+        """Create a job now, of the last second if not told otherwise."""
+        made = self.fresh(**others)
+        assert self.store.create(made, guard) is None
+        return made
+
+    def fresh(self, **others: Any) -> Job:
+        created_ms = others.pop("created_ms", int(self.clock.now * 1000))
+        fields = {
+            "id": new_id(created_ms),
+            "team": "default",
+            "key_id": "key",
+            "correlation_id": "request",
+            "status": Status.QUEUED,
+            "params": Img2ImgParams(prompt="a castle", seed=7, guidance_scale=10.5),
+            "metadata": {"order": "17"},
+            "backend": "segmind",
+            "created_ms": created_ms,
+            "due_at": created_ms // 1000 + 60,
+            "deadline_at": created_ms // 1000 + 1800,
+        }
+        return Job(**{**fields, **others})
+
+    def claim(self, job: Job) -> Job:
+        claimed = self.store.claim(job.team, job.id, lease_seconds=LEASE)
+        assert claimed is not None
+        return claimed
+
+    def now(self, job: Job) -> Job:
+        return self.store.get(job.team, job.id)
+
+    def item(self, job: Job) -> dict[str, Any]:
+        key = {"pk": {"S": f"TEAM#{job.team}"}, "sk": {"S": f"JOB#{job.id}"}}
+        found: dict[str, Any] = self.client.get_item(TableName="jobs", Key=key)["Item"]
+        return found
+
+    def in_status(self, status: Status) -> Job:
+        """Return a job that has come to `status`, as it is now."""
+        made = self.job()
+        if status is Status.PROCESSING:
+            self.claim(made)
+        elif status is Status.CANCELED:
+            self.store.cancel(made.team, made.id)
+        elif status.is_terminal:
+            error = BackendFailed("broke") if status is Status.FAILED else None
+            assert self.store.finish(replace(self.claim(made), outputs=(picture(0),)), error=error)
+        return self.now(made)
+
+    @contextmanager
+    def refusing(self, operation: str, times: int, error: str) -> Iterator[list[str]]:
+        """Answer the next calls of an operation with an error of DynamoDB's; the list grows with every call."""
+        calls: list[str] = []
+        parsed = {**_ERRORS[error], "ResponseMetadata": {"HTTPStatusCode": 400, "HTTPHeaders": {}, "RequestId": "id"}}
+
+        def answer(model: Any, **_: Any) -> tuple[AWSResponse, Any] | None:
+            calls.append(model.name)
+            if len(calls) > times:
+                return None
+            return AWSResponse("https://dynamodb", 400, {}, None), parsed
+
+        event = f"before-call.dynamodb.{operation}"
+        self.client.meta.events.register(event, answer)
+        try:
+            yield calls
+        finally:
+            self.client.meta.events.unregister(event, answer)
+
+
+_ERRORS: dict[str, dict[str, Any]] = {
+    "conflict": {"Error": {"Code": "TransactionConflictException", "Message": "in use"}},
+    "canceled": {
+        "Error": {"Code": "TransactionCanceledException", "Message": "canceled"},
+        "CancellationReasons": [{"Code": "TransactionConflict"}, {"Code": "None"}],
+    },
+    "missing": {"Error": {"Code": "ResourceNotFoundException", "Message": "no table"}},
+}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    with mock_aws():
+        create_resources()
+        yield boto3.client("dynamodb")
+
+
+@pytest.fixture
+def table(client) -> Table:
+    left = client.scan(TableName="jobs", ProjectionExpression="pk, sk")["Items"]
+    write(client, [{"DeleteRequest": {"Key": key}} for key in left])
+    return Table(client)
+
+
+def write(client: Any, requests: list[dict[str, Any]]) -> None:
+    for start in range(0, len(requests), 25):
+        client.batch_write_item(RequestItems={"jobs": requests[start : start + 25]})
+
+
+def picture(index: int) -> Output:
+    return Output(
+        index=index,
+        status=OutputStatus.SUCCEEDED,
+        seed=7 + index,
+        key=f"results/default/x/{index}.png",
+        content_type="image/png",
+        width=512,
+        height=512,
+        bytes=9,
+        sha256="ab",
+        seconds=1.25,
+    )
+
+
+# A job and its item
+
+
+def test_a_job_is_read_as_it_was_written(table):
+    made = table.job()
+    assert table.now(made) == made
+
+
+def test_an_ended_job_keeps_all_that_is_known_of_it(table):
+    failed = Output(index=1, status=OutputStatus.FAILED, seed=8, error_code="backend_refused", error_detail="no")
+    claimed = table.claim(table.job())
+    ended = table.store.finish(replace(claimed, outputs=(picture(0), failed), remaining_credits=99.25), error=None)
+    assert ended == table.now(claimed)
+    assert ended.outputs == (picture(0), failed)
+    assert ended.remaining_credits == 99.25
+    assert ended.started_ms == ended.completed_ms == START * 1000
+    assert (ended.lease, ended.due_at) == (None, None)
+
+
+def test_only_unfinished_jobs_stand_in_the_open_index(table):
+    jobs = [table.in_status(status) for status in Status]
+    found = table.client.scan(TableName="jobs", IndexName="open")["Items"]
+    assert {item["sk"]["S"] for item in found} == {f"JOB#{job.id}" for job in jobs if not job.status.is_terminal}
+
+
+def test_no_item_holds_a_float(table):
+    item = table.item(table.in_status(Status.SUCCEEDED))
+    assert all(value["N"].lstrip("-").isdigit() for value in item.values() if "N" in value)
+
+
+def test_another_teams_job_does_not_exist(table):
+    made = table.job()
+    for call in (table.store.get, table.store.cancel):
+        with pytest.raises(NotFound):
+            call("other", made.id)
+    assert table.store.claim("other", made.id, lease_seconds=LEASE) is None
+    table.store.delete("other", made.id)
+    assert table.now(made) == made
+
+
+def test_an_expired_job_is_gone_before_the_table_deletes_it(table):
+    made = table.job()
+    table.clock.now = START + RETENTION_DAYS * DAY - 1
+    assert table.now(made).id == made.id
+    table.clock.now += 1
+    with pytest.raises(NotFound):
+        table.now(made)
+    assert table.store.list("default", JobFilter(limit=10)).jobs == []
+
+
+# Every operation on every status
+
+
+def claim(table: Table, job: Job) -> object:
+    return table.store.claim(job.team, job.id, lease_seconds=LEASE)
+
+
+def claim_after_the_lease(table: Table, job: Job) -> object:
+    table.clock.now += LEASE
+    return table.store.claim(job.team, job.id, lease_seconds=LEASE)
+
+
+def release(table: Table, job: Job) -> object:
+    return table.store.release(job, due_at=START + 90, counts=True)
+
+
+def succeed(table: Table, job: Job) -> object:
+    return table.store.finish(job, error=None)
+
+
+def fail(table: Table, job: Job) -> object:
+    return table.store.finish(job, error=DeadlineExceeded("too late"))
+
+
+def cancel(table: Table, job: Job) -> object:
+    return table.store.cancel(job.team, job.id).status is Status.CANCELED and not job.status.is_terminal
+
+
+def postpone(table: Table, job: Job) -> object:
+    return table.store.postpone(job, due_at=START + 300)
+
+
+WRITES: dict[Callable[[Table, Job], object], dict[Status, Status]] = {
+    claim: {Status.QUEUED: Status.PROCESSING},
+    claim_after_the_lease: {Status.QUEUED: Status.PROCESSING, Status.PROCESSING: Status.PROCESSING},
+    release: {Status.PROCESSING: Status.QUEUED},
+    # From queued: the deadline passed while some samples waited, and others had been delivered.
+    succeed: {Status.QUEUED: Status.SUCCEEDED, Status.PROCESSING: Status.SUCCEEDED},
+    fail: {Status.QUEUED: Status.FAILED, Status.PROCESSING: Status.FAILED},
+    cancel: {Status.QUEUED: Status.CANCELED, Status.PROCESSING: Status.CANCELED},
+    postpone: {Status.QUEUED: Status.QUEUED},
+}
+
+
+@pytest.mark.parametrize("status", Status)
+@pytest.mark.parametrize("operation", WRITES, ids=lambda operation: operation.__name__)
+def test_what_an_operation_makes_of_a_status(table, operation, status):
+    job = table.in_status(status)
+    before = table.item(job)
+    done = operation(table, job)
+    expected = WRITES[operation].get(status)
+    assert bool(done) == (expected is not None)
+    assert table.now(job).status is (expected or status)
+    if expected is None:
+        assert table.item(job) == before
+
+
+@pytest.mark.parametrize("operation", WRITES, ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("status", [Status.QUEUED, Status.PROCESSING])
+def test_no_operation_brings_a_deleted_job_back(table, operation, status):
+    job = table.in_status(status)
+    table.store.delete(job.team, job.id)
+    table.store.delete(job.team, job.id)
+    if operation is cancel:
+        with pytest.raises(NotFound):
+            cancel(table, job)
+    else:
+        assert not operation(table, job)
+    with pytest.raises(NotFound):
+        table.now(job)
+    assert list(table.store.overdue()) == []
+
+
+# Leases
+
+
+@pytest.mark.parametrize("operation", [release, succeed, fail], ids=lambda operation: operation.__name__)
+def test_a_worker_whose_lease_ran_out_writes_nothing(table, operation):
+    late = table.claim(table.job())
+    table.clock.now += LEASE
+    held = table.claim(late)
+    assert held.lease != late.lease
+    assert not operation(table, late)
+    assert table.now(late) == held
+
+
+def test_a_lease_holds_until_its_last_second(table):
+    claimed = table.claim(table.job())
+    assert claimed.due_at == START + LEASE
+    table.clock.now += LEASE - 1
+    assert claim(table, claimed) is None
+    table.clock.now += 1
+    assert claim(table, claimed) is not None
+
+
+def test_claims_count_and_the_first_one_started_the_job(table):
+    first = table.claim(table.job())
+    table.clock.now += LEASE
+    second = table.claim(first)
+    assert (first.attempts, second.attempts) == (1, 2)
+    assert second.started_ms == first.started_ms == START * 1000
+
+
+@pytest.mark.parametrize(("counts", "attempts"), [(True, 1), (False, 0)])
+def test_a_release_keeps_what_ended_and_counts_when_told(table, counts, attempts):
+    claimed = replace(table.claim(table.job()), outputs=(picture(1),))
+    assert table.store.release(claimed, due_at=START + 62, counts=counts)
+    found = table.now(claimed)
+    assert (found.status, found.attempts, found.due_at, found.lease) == (Status.QUEUED, attempts, START + 62, None)
+    assert found.outputs == (picture(1),)
+
+
+def test_finish_as_last_seen_loses_to_a_claim(table):
+    seen = table.job()
+    table.claim(seen)
+    assert not fail(table, seen)
+    assert table.now(seen).status is Status.PROCESSING
+
+
+def test_finish_as_last_seen_loses_to_a_run_that_came_between(table):
+    """A sweep may have read the job long before: pictures that were delivered meanwhile must not be lost."""
+    seen = table.job()
+    run = replace(table.claim(seen), outputs=(picture(0),))
+    assert table.store.release(run, due_at=START + 64, counts=True)
+    assert not fail(table, seen)
+    assert table.now(seen).outputs == (picture(0),)
+
+
+def test_a_job_is_finished_once(table):
+    claimed = table.claim(table.job())
+    assert table.store.finish(claimed, error=None)
+    assert not fail(table, claimed)
+    assert not table.store.finish(claimed, error=None)
+    assert table.now(claimed).status is Status.SUCCEEDED
+
+
+def test_postpone_is_refused_to_the_second_of_two_sweeps(table):
+    seen = table.job()
+    assert table.store.postpone(seen, due_at=START + 120)
+    assert not table.store.postpone(seen, due_at=START + 130)
+    assert table.now(seen).due_at == START + 120
+
+
+def test_overdue_finds_what_is_due_in_every_shard(table):
+    jobs = [table.job() for _ in range(12)]
+    later = [table.job(due_at=START + 61) for _ in range(4)]
+    table.clock.now = START + 59
+    assert list(table.store.overdue()) == []
+    table.clock.now = START + 60
+    assert {job.id for job in table.store.overdue()} == {job.id for job in jobs}
+    table.clock.now = START + 61
+    assert {job.id for job in table.store.overdue()} == {job.id for job in (*jobs, *later)}
+    shards = {table.item(job)["open_shard"]["S"] for job in (*jobs, *later)}
+    assert len(shards) > 1
+
+
+# The guard of an idempotency key
+
+
+def guard(team: str = "default", key: str = "k", fingerprint: str = "f") -> Guard:
+    return Guard(team, key, fingerprint)
+
+
+def test_a_guard_admits_one_job(table):
+    first = table.job(guard=guard())
+    second = table.fresh()
+    assert table.store.create(second, guard(fingerprint="g")) == Guarded(first.id, "f")
+    with pytest.raises(NotFound):
+        table.now(second)
+
+
+@pytest.mark.parametrize("other", [guard(team="other"), guard(key="K"), guard(key="k ")])
+def test_guards_of_another_team_or_key_are_separate(table, other):
+    table.job(guard=guard())
+    assert table.store.create(table.fresh(team=other.team), other) is None
+
+
+def test_a_guard_ends_after_a_day_whether_or_not_the_table_has_deleted_it(table):
+    first = table.job(guard=guard())
+    table.clock.now = START + GUARD_TTL - 1
+    assert table.store.create(table.fresh(), guard()) == Guarded(first.id, "f")
+    table.clock.now += 1
+    second = table.job(guard=guard(fingerprint="g"))
+    assert table.store.create(table.fresh(), guard()) == Guarded(second.id, "g")
+
+
+def test_a_job_is_never_overwritten(table):
+    claimed = table.claim(table.job())
+    for held_by in (None, guard()):
+        with pytest.raises(ClientError, match="ConditionalCheckFailed"):
+            table.store.create(replace(claimed, status=Status.QUEUED), held_by)
+    assert table.now(claimed) == claimed
+
+
+# Conflicts with other transactions
+
+
+CONFLICTED: dict[str, tuple[str, str, Callable[[Table, Job], object]]] = {
+    "create": ("TransactWriteItems", "canceled", lambda table, _: table.job(guard=guard())),
+    "finish": ("TransactWriteItems", "canceled", lambda table, job: fail(table, table.claim(job))),
+    "claim": ("UpdateItem", "conflict", claim),
+    "cancel": ("UpdateItem", "conflict", cancel),
+    "postpone": ("UpdateItem", "conflict", postpone),
+    "delete": ("DeleteItem", "conflict", lambda table, job: table.store.delete(job.team, job.id) is None),
+}
+
+
+@pytest.mark.parametrize("name", CONFLICTED)
+def test_a_conflict_is_waited_out(table, name):
+    operation, error, call = CONFLICTED[name]
+    job = table.job()
+    with table.refusing(operation, 3, error) as calls:
+        assert call(table, job)
+    assert len(calls) == 4
+
+
+def test_conflicts_that_last_are_raised(table):
+    job = table.job()
+    with (
+        table.refusing("UpdateItem", 100, "conflict") as calls,
+        pytest.raises(ClientError, match="TransactionConflict"),
+    ):
+        table.store.cancel(job.team, job.id)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("name", CONFLICTED)
+def test_other_errors_are_raised_at_once(table, name):
+    operation, _, call = CONFLICTED[name]
+    job = table.job()
+    with table.refusing(operation, 100, "missing") as calls, pytest.raises(ClientError, match="ResourceNotFound"):
+        call(table, job)
+    assert len(calls) == 1
+
+
+# Lists
+
+
+def ids(jobs: list[Job]) -> list[str]:
+    return [job.id for job in jobs]
+
+
+@pytest.fixture
+def ten(table) -> list[Job]:
+    """Ten jobs a second apart, newest first, among another team's."""
+    made = []
+    for second in range(10):
+        created_ms = (START + second) * 1000
+        made.append(table.job(created_ms=created_ms))
+        table.job(created_ms=created_ms, team="other")
+    table.clock.now = START + 10
+    return made[::-1]
+
+
+def test_a_list_is_the_teams_newest_first(table, ten):
+    page = table.store.list("default", JobFilter(limit=100))
+    assert ids(page.jobs) == ids(ten)
+    assert page.cursor is None
+
+
+@pytest.mark.parametrize("limit", [1, 3, 5, 9, 10])
+def test_cursors_lead_through_all_of_a_list_once(table, ten, limit):
+    found, cursor, pages = [], None, 0
+    while cursor or not pages:
+        page = table.store.list("default", JobFilter(limit=limit, cursor=cursor))
+        assert 1 <= len(page.jobs) <= limit
+        found += ids(page.jobs)
+        cursor, pages = page.cursor, pages + 1
+    assert found == ids(ten)
+    assert pages == -(-10 // limit)
+
+
+def test_a_cursor_stays_good_when_its_job_is_deleted_and_new_jobs_come(table, ten):
+    page = table.store.list("default", JobFilter(limit=4))
+    table.store.delete("default", page.cursor)
+    table.job()
+    assert ids(table.store.list("default", JobFilter(limit=100, cursor=page.cursor)).jobs) == ids(ten[4:])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_a_list_by_status(table, ten, limit):
+    canceled = [ten[index] for index in (1, 2, 7)]
+    for job in canceled:
+        table.store.cancel(job.team, job.id)
+    found, cursor, more = [], None, True
+    while more:
+        page = table.store.list("default", JobFilter(limit=limit, cursor=cursor, status=Status.CANCELED))
+        found += ids(page.jobs)
+        cursor = page.cursor
+        more = cursor is not None
+    assert found == ids(canceled)
+    assert table.store.list("default", JobFilter(limit=5, status=Status.FAILED)).jobs == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({"created_after": (START + 7) * 1000}, slice(0, 2)),
+        ({"created_after": (START + 7) * 1000 - 1}, slice(0, 3)),
+        ({"created_before": (START + 2) * 1000}, slice(8, 10)),
+        ({"created_before": (START + 2) * 1000 + 1}, slice(7, 10)),
+        ({"created_after": (START + 1) * 1000, "created_before": (START + 4) * 1000}, slice(6, 8)),
+        ({"created_after": (START + 4) * 1000, "created_before": (START + 4) * 1000}, slice(0, 0)),
+        ({"created_after": (START + 9) * 1000}, slice(0, 0)),
+        ({"created_after": -(10**15), "created_before": 10**17}, slice(0, 10)),
+        ({"created_after": 10**17}, slice(0, 0)),
+        ({"created_before": -1}, slice(0, 0)),
+    ],
+)
+def test_both_bounds_of_a_list_are_exclusive(table, ten, bounds, expected):
+    page = table.store.list("default", JobFilter(limit=100, **bounds))
+    assert ids(page.jobs) == ids(ten[expected])
+    assert page.cursor is None
+
+
+def test_a_page_ends_where_the_list_does(table, ten):
+    page = table.store.list("default", JobFilter(limit=2, created_after=(START + 7) * 1000))
+    assert (len(page.jobs), page.cursor) == (2, None)
+
+
+def test_expired_jobs_among_others_shorten_no_list(table):
+    old = [table.job(created_ms=(START - RETENTION_DAYS * DAY - n) * 1000) for n in range(5)]
+    new = [table.job(created_ms=(START - n) * 1000) for n in range(3)]
+    found, cursor, more = [], None, True
+    while more:
+        page = table.store.list("default", JobFilter(limit=2, cursor=cursor))
+        found += ids(page.jobs)
+        cursor, more = page.cursor, page.cursor is not None
+    assert found == ids(new)
+    assert old
+
+
+def test_a_rare_status_is_found_page_by_page(table):
+    """Among more jobs than one call reads, an answer may be empty, but its cursor leads on."""
+    rare = table.in_status(Status.FAILED)
+    item = table.item(table.job())
+    copies = [{**item, "sk": {"S": f"JOB#{new_id((START + 1 + n) * 1000)}"}} for n in range(1050)]
+    write(table.client, [{"PutRequest": {"Item": copy}} for copy in copies])
+    first = table.store.list("default", JobFilter(limit=10, status=Status.FAILED))
+    assert first.jobs == []
+    assert first.cursor
+    second = table.store.list("default", JobFilter(limit=10, status=Status.FAILED, cursor=first.cursor))
+    assert ids(second.jobs) == [rare.id]
+    assert second.cursor is None
+
+
+# Any order of calls
+
+
+class Anyone:
+    """Workers, callers and sweeps that act on one job in any order, each on what it saw last."""
+
+    def __init__(self, table: Table, seed: int) -> None:
+        self.table = table
+        self.choose = random.Random(seed)
+        self.job = table.job()
+        self.seen = [self.job]
+        self.ways: set[tuple[Status, Status]] = set()
+
+    def becomes(self, status: Status, **others: Any) -> None:
+        """Note what has to be in the table from now on."""
+        self.ways.add((self.job.status, status))
+        self.job = replace(self.job, status=status, **others)
+
+    def wait(self) -> None:
+        self.table.clock.now += self.choose.choice([1, 30, LEASE, 600])
+
+    def claim(self) -> None:
+        was, now = self.job, int(self.table.clock.now)
+        free = was.status is Status.QUEUED or (was.status is Status.PROCESSING and (was.due_at or 0) <= now)
+        claimed = self.table.store.claim(was.team, was.id, lease_seconds=LEASE)
+        assert (claimed is not None) == free
+        if claimed:
+            assert claimed.lease not in (None, was.lease)
+            self.becomes(
+                Status.PROCESSING,
+                due_at=now + LEASE,
+                attempts=was.attempts + 1,
+                lease=claimed.lease,
+                started_ms=was.started_ms or now * 1000,
+            )
+
+    def release(self) -> None:
+        worker = self.choose.choice([job for job in self.seen if job.lease] or [None])
+        if worker is None:
+            return
+        due, counts = int(self.table.clock.now) + 64 + len(self.seen), self.choose.random() < 0.5
+        outputs = (picture(self.choose.randrange(4)),)
+        released = self.table.store.release(replace(worker, outputs=outputs), due_at=due, counts=counts)
+        assert released == (worker.lease == self.job.lease)
+        if released:
+            attempts = self.job.attempts - (not counts)
+            self.becomes(Status.QUEUED, due_at=due, attempts=attempts, lease=None, outputs=outputs)
+
+    def finish(self) -> None:
+        # Nobody finishes what he saw ended.
+        someone = self.choose.choice([job for job in self.seen if not job.status.is_terminal])
+        error = self.choose.choice([None, DeadlineExceeded("too late")])
+        ended = self.table.store.finish(someone, error=error)
+        # Its time says whether a queued job is queued still or once more.
+        as_seen = (someone.status, someone.lease, someone.due_at) == (self.job.status, self.job.lease, self.job.due_at)
+        assert (ended is not None) == as_seen
+        if ended:
+            self.becomes(ended.status)
+            self.job = ended
+
+    def cancel(self) -> None:
+        found = self.table.store.cancel(self.job.team, self.job.id)
+        if not self.job.status.is_terminal:
+            completed_ms = int(self.table.clock.now * 1000)
+            self.becomes(Status.CANCELED, due_at=None, lease=None, completed_ms=completed_ms)
+        assert found == self.job
+
+    def postpone(self) -> None:
+        sweep, due = self.choose.choice(self.seen), int(self.table.clock.now) + 120
+        as_seen = self.job.status is Status.QUEUED and sweep.due_at == self.job.due_at
+        assert self.table.store.postpone(sweep, due_at=due) == as_seen
+        if as_seen:
+            self.job = replace(self.job, due_at=due)
+
+    def act(self) -> None:
+        """Do one thing, and compare the table with what it should hold."""
+        often, seldom = (self.wait, self.claim, self.claim, self.release, self.postpone), (self.finish, self.cancel)
+        self.choose.choice([*often, *often, *seldom])()
+        now = self.table.now(self.job)
+        assert now == self.job
+        assert (now.lease is not None) == (now.status is Status.PROCESSING)
+        due = not now.status.is_terminal and (now.due_at or 0) <= self.table.clock.now
+        assert (now.id in {job.id for job in self.table.store.overdue()}) == due
+        if now not in self.seen:
+            self.seen.append(now)
+
+
+def test_no_order_of_calls_breaks_the_life_of_a_job(table):
+    """Late and doubled calls change nothing, and every way that a job takes is a legal one."""
+    ways: set[tuple[Status, Status]] = set()
+    for seed in range(40):
+        anyone, after_the_end = Anyone(table, seed), 0
+        while after_the_end < 8 and len(anyone.seen) < 40:
+            anyone.act()
+            after_the_end += anyone.job.status.is_terminal
+        ways |= anyone.ways
+        table.store.delete("default", anyone.job.id)
+    assert ways == {(old, new) for old in Status for new in NEXT[old]} | {(Status.PROCESSING, Status.PROCESSING)}
