@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "--latency", type=float, default=1.0, help="seconds that a simulated picture takes (default: %(default)s)"
     )
     run.add_argument("--verbose", action="store_true", help="the functions' logs on the terminal instead of in files")
+    run.add_argument("--logs", type=Path, default=LOGS, help="folder of the logs (default: .local/logs)")
     show = commands.add_parser("demo", help="turn one image into another")
     show.set_defaults(action=_demo, port=0)
     show.add_argument("image", nargs="?", type=Path, default=SAMPLE, help="default: events/sample.jpg")
@@ -54,9 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _new_stack(port: int, *, latency: float, verbose: bool = False) -> Stack:
+def _new_stack(port: int, *, latency: float, logs: Path = LOGS, verbose: bool = False) -> Stack:
     return Stack(
-        port, segmind_key=os.environ.get("SEGMIND_API_KEY"), latency=latency, verbose=verbose, api_key=_api_key()
+        port,
+        segmind_key=os.environ.get("SEGMIND_API_KEY"),
+        latency=latency,
+        api_key=_api_key(),
+        logs=logs,
+        verbose=verbose,
     )
 
 
@@ -66,12 +72,13 @@ def _api_key() -> str:
 
 def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    with _new_stack(options.port, latency=options.latency, verbose=options.verbose) as stack:
-        logs = "this terminal" if options.verbose else _short(LOGS)
-        print(_welcome(stack, time.monotonic() - started, logs), flush=True)
+    logs = options.logs.resolve()
+    with _new_stack(options.port, latency=options.latency, logs=logs, verbose=options.verbose) as stack:
+        shown = "on this terminal" if options.verbose else _short(logs)
+        print(_welcome(stack, time.monotonic() - started, shown), flush=True)
         while stack.alive:
             time.sleep(0.5)
-    print(f"error: a part of the system ended by itself; see {_short(LOGS)}", file=sys.stderr)
+    print(f"error: a part of the system ended by itself; see {_short(logs)}", file=sys.stderr)
     return 1
 
 
@@ -103,7 +110,7 @@ def _welcome(stack: Stack, seconds: float, logs: str) -> str:
         f"Key      {stack.api_key}   (header x-api-key)\n"
         f"Segmind  {backend}\n"
         f"Logs     {logs}\n"
-        f"Try\n  {curl}\n"
+        f"Try\n  {curl}"
     )
 
 

@@ -16,7 +16,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from local.template import ACCOUNT, ApiSpec, Json
 
-# What the gateway says by itself, and with which status where the template names none.
+# What the gateway says by itself, and with which status where the template names none. AWS may keep to words of its own
+# for REQUEST_TOO_LARGE, which it documents as not customisable.
 _RESPONSES = {
     "MISSING_AUTHENTICATION_TOKEN": (403, "Missing Authentication Token"),
     "INVALID_API_KEY": (403, "Forbidden"),

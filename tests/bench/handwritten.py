@@ -25,7 +25,8 @@ def _ulid(ms: int) -> str:
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-def _png(data: bytes, width: int, height: int) -> bytes:
+def fitted(data: bytes, width: int, height: int) -> bytes:
+    """Return the middle of a picture at a size, as PNG."""
     image = Image.open(BytesIO(data))
     # `cover`: the middle of the picture in the target's proportions.
     scale = max(width / image.width, height / image.height)
@@ -57,7 +58,7 @@ def create(clients: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
         "fit": body.get("fit", "cover"),
         "output_format": body.get("output_format"),
     }
-    png = _png(base64.b64decode(body["image"]), params["img_width"], params["img_height"])
+    png = fitted(base64.b64decode(body["image"]), params["img_width"], params["img_height"])
     context = event["requestContext"]
     ms = int(time.time() * 1000)
     now = ms // 1000

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 REGION = "eu-west-1"
 SEGMIND_PATH = "/sd1.5-img2img"
 SEED = 1234567890
+MAX_PIXELS = 64_000_000
 PROMPT = "a castle on a hill, oil painting, evening light"
 JOB_ID = "01JABCDEFGHJKMNPQRSTVWXYZ0"
 REQUEST_ID = "7f1c1f6e-5a43-4c3e-9f56-0d3a4a1e2b3c"

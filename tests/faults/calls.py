@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import boto3
 import pytest
 import requests
-from botocore import handlers
 
 # The seed of every job here, so that a call of the backend tells its sample.
 SEED = 1000
@@ -86,11 +86,10 @@ class Calls:
     @contextmanager
     def watched(self) -> Iterator[Calls]:
         """Watch the clients that are made from now on, and everything that goes through `requests`."""
-        watchers = [
-            # Before moto's own, which is where the call takes effect.
-            ("before-send", self._before_send, handlers.REGISTER_FIRST),
-            ("response-received", self._response_received),
-        ]
+        session = boto3.Session()
+        # Before moto's own, in which the call takes effect.
+        session.events.register_first("before-send", self._before_send)
+        session.events.register_last("response-received", self._response_received)
         send = requests.Session.send
         calls = self
 
@@ -107,13 +106,9 @@ class Calls:
             return response
 
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(boto3, "DEFAULT_SESSION", session)
             patch.setattr(requests.Session, "send", watched_send)
-            handlers.BUILTIN_HANDLERS.extend(watchers)
-            try:
-                yield self
-            finally:
-                for watcher in watchers:
-                    handlers.BUILTIN_HANDLERS.remove(watcher)
+            yield self
 
 
 class InOrder:

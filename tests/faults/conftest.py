@@ -10,13 +10,13 @@ from tests.system import running_system
 
 
 @pytest.fixture(scope="module")
-def _deployment():  # noqa: ANN202
-    with Calls().watched() as calls, running_system() as system:
+def _deployment():
+    with running_system() as system, Calls().watched() as calls:
         yield Deployment(system, calls)
 
 
 @pytest.fixture
-def deployment(_deployment):  # noqa: ANN001, ANN201
+def deployment(_deployment):
     """The functions in one process, whose calls can be seen and interrupted."""
     _deployment.fresh()
     return _deployment

@@ -666,13 +666,13 @@ def free_port() -> int:
 class Run:
     """`python -m local run` as somebody starts it in a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, logs: Path, **environ: str) -> None:
         self.port = free_port()
-        environ = {name: value for name, value in os.environ.items() if name not in ("SEGMIND_API_KEY", "API_KEY")}
+        kept = {name: value for name, value in os.environ.items() if name not in ("SEGMIND_API_KEY", "API_KEY")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "local", "run", "--port", str(self.port), "--latency", "0"],
+            [sys.executable, "-m", "local", "run", "--port", str(self.port), "--latency", "0", "--logs", str(logs)],
             cwd=ROOT,
-            env=environ,
+            env=kept | environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -699,8 +699,8 @@ class Run:
         return False
 
 
-def test_run_says_what_to_paste_and_ends_without_a_trace():
-    with Run() as running:
+def test_run_says_what_to_paste_and_ends_without_a_trace(tmp_path):
+    with Run(tmp_path) as running:
         assert running.seconds < 20  # twice what is promised: the tests share the machine
         assert f"http://127.0.0.1:{running.port}/v1" in running.said
         assert "simulated" in running.said
@@ -732,8 +732,11 @@ def test_run_says_what_to_paste_and_ends_without_a_trace():
         assert not running.is_listening()
 
 
-def test_when_run_is_killed_nothing_is_left_behind():
-    with Run() as running:
+def test_run_with_a_key_calls_the_real_api_and_leaves_nothing_behind_when_killed(tmp_path):
+    with Run(tmp_path, SEGMIND_API_KEY="a-key-of-mine", API_KEY="my-own") as running:
+        assert "real API" in running.said
+        assert "a-key-of-mine" not in running.said
+        assert requests.get(f"http://127.0.0.1:{running.port}/v1/jobs", headers={"x-api-key": "my-own"}, timeout=10).ok
         children = descendants(running.process.pid)
         running.process.kill()
         running.process.wait()

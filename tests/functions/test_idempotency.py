@@ -1,0 +1,542 @@
+"""One key, one job: replays, reuse, crashes and crowds, and the AWS calls that each flow may make."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import EndpointConnectionError
+from PIL import Image
+
+from img2img.errors import IdempotencyInFlight
+from img2img.params import parse_request
+from img2img.submit import Caller, Submission, submit
+from tests.system import API_KEY_ID, Answer, Context, System
+
+KEY = "order-17"
+CREATE = {"PutObject": 1, "TransactWriteItems": 1, "SendMessage": 1}
+
+
+class Killed(BaseException):
+    """The process is gone: nothing of it catches this."""
+
+
+class Aws:
+    """The AWS calls that the functions make, and a step to take before and after each."""
+
+    def __init__(self) -> None:
+        self.made: Counter[str] = Counter()
+        self.step: Callable[[str], None] | None = None
+
+    def before(self, model: Any, **_: Any) -> None:
+        self.made[model.name] += 1
+        if self.step:
+            self.step(f"before {model.name}")
+
+    def after(self, model: Any, **_: Any) -> None:
+        if self.step:
+            self.step(f"after {model.name}")
+
+    def once_at(self, place: str, happens: Callable[[], Any]) -> None:
+        """Have something happen at one place, once."""
+
+        def step(name: str) -> None:
+            if name == place:
+                self.step = None
+                happens()
+
+        self.step = step
+
+
+@pytest.fixture
+def aws(system) -> Iterator[Aws]:
+    calls = Aws()
+    # The functions make their clients, each with a copy of these events, when they first need them.
+    events = boto3.DEFAULT_SESSION.events
+    events.register("before-call", calls.before)
+    events.register("after-call", calls.after)
+    yield calls
+    events.unregister("before-call", calls.before)
+    events.unregister("after-call", calls.after)
+
+
+@cache
+def picture(shade: int = 90) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (shade, 60, 30)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def ask(system: System, key: str | None = KEY, wait: int = 0, header: str = "Idempotency-Key", **fields: Any) -> Answer:
+    """Send one and the same request, but for `fields`."""
+    headers = {} if key is None else {header: key}
+    return system.create(wait=wait, headers=headers, **{"image": picture(), **fields})
+
+
+def ask_elsewhere(system: System, key: str = KEY, **fields: Any) -> Submission:
+    """Make the same request as another instance of the function does, without its own HTTP side."""
+    request = parse_request({"image": picture(), "prompt": "a castle on a hill", **fields})
+    caller = Caller(system.services.settings.default_team, API_KEY_ID, "another-request")
+    return submit(system.services, caller, request, idempotency_key=key, context=Context())
+
+
+def jobs(system: System) -> list[Any]:
+    found: list[Any] = system.api("GET", "/jobs").json["jobs"]
+    return found
+
+
+def let_the_crashed_request_expire(system: System) -> None:
+    """Put the end of a request that never completed into the past, as 29 seconds would."""
+    for item in system.dynamodb.scan(TableName="idempotency")["Items"]:
+        assert item["status"]["S"] == "INPROGRESS"
+        system.dynamodb.update_item(
+            TableName="idempotency",
+            Key={"id": item["id"]},
+            UpdateExpression="SET in_progress_expiration = :past",
+            ExpressionAttributeValues={":past": {"N": str(int(time.time() * 1000) - 1000)}},
+        )
+
+
+# Replays
+
+
+def test_a_replay_after_the_end_answers_with_the_finished_job(system):
+    job_id = ask(system).json["id"]
+    assert system.deliver() == 1
+    replayed = ask(system)
+    assert replayed.status == 200
+    assert replayed.headers["idempotent-replayed"] == "true"
+    assert (replayed.json["id"], replayed.json["status"]) == (job_id, "succeeded")
+    assert replayed.headers["location"].endswith(job_id)
+    assert system.messages() == 0
+    assert len(jobs(system)) == len(system.segmind.calls) == 1
+
+
+def test_a_replay_of_a_failed_job_is_the_same_problem(system):
+    system.segmind.behave("400")
+    job_id = ask(system).json["id"]
+    system.deliver()
+    replayed = ask(system)
+    assert (replayed.status, replayed.json["code"], replayed.json["job_id"]) == (502, "backend_refused", job_id)
+    assert replayed.headers["idempotent-replayed"] == "true"
+    assert len(system.segmind.calls) == 1
+
+
+def test_a_replay_of_a_canceled_job_is_that_job(system):
+    job_id = ask(system).json["id"]
+    system.api("POST", f"/jobs/{job_id}/cancel")
+    replayed = ask(system)
+    assert (replayed.status, replayed.json["id"], replayed.json["status"]) == (200, job_id, "canceled")
+
+
+def test_a_replay_while_the_job_waits_makes_no_second_one(system):
+    first, second = ask(system), ask(system)
+    assert (second.status, second.json["id"]) == (202, first.json["id"])
+    assert "idempotent-replayed" not in second.headers
+    assert len(jobs(system)) == system.messages() == 1
+
+
+def test_a_replay_can_wait_for_the_job(system):
+    job_id = ask(system).json["id"]
+    system.services.sleep = lambda _: system.deliver()
+    replayed = ask(system, wait=25)
+    assert (replayed.status, replayed.json["id"], replayed.json["status"]) == (200, job_id, "succeeded")
+    assert replayed.headers["idempotent-replayed"] == "true"
+
+
+def test_a_replay_while_the_job_runs_makes_no_second_one(system, aws):
+    seen = []
+    job_id = ask(system).json["id"]
+    [record] = system.receive()
+    aws.once_at("before GetObject", lambda: seen.append(ask_elsewhere(system)))
+    assert system.work(record)
+    assert [(submission.job.id, submission.job.status, submission.replayed) for submission in seen] == [
+        (job_id, "processing", True)
+    ]
+    assert len(jobs(system)) == len(system.segmind.calls) == 1
+    assert system.messages() == 0
+
+
+def test_a_random_seed_is_drawn_once(system):
+    first, second = ask(system, seed=-1), ask(system, seed="-1")
+    assert second.json["id"] == first.json["id"]
+    assert second.json["input"]["seed"] == first.json["input"]["seed"] >= 0
+    assert ask(system).json["id"] == first.json["id"]
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"samples": "2"},
+        {"samples": 2.0, "strength": "1.0"},
+        {"negative_prompt": "", "scheduler": None},
+        {"image": f"data:image/png;base64,{picture()}"},
+        {"image": "\n".join((picture()[:76], picture()[76:]))},
+        {"base64": True},
+    ],
+    ids=lambda same: ",".join(same),
+)
+def test_what_means_the_same_is_the_same(system, same):
+    first = ask(system, samples=2)
+    assert ask(system, **{"samples": 2, **same}).json["id"] == first.json["id"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"prompt": "a castle on a hill "},
+        {"seed": 0},
+        {"samples": 2},
+        {"strength": 0.5},
+        {"fit": "contain"},
+        {"output_format": "png"},
+        {"metadata": {"order": "18"}},
+        {"image": picture(91)},
+    ],
+    ids=lambda other: ",".join(other),
+)
+def test_another_payload_is_refused(system, other):
+    job_id = ask(system).json["id"]
+    for _ in range(2):
+        refused = ask(system, **other)
+        assert (refused.status, refused.json["code"]) == (422, "idempotency_key_reused")
+        assert refused.headers["content-type"] == "application/problem+json"
+    assert [job["id"] for job in jobs(system)] == [job_id]
+    assert ask(system).json["id"] == job_id
+    assert system.messages() == 1
+
+
+@pytest.mark.parametrize("header", ["idempotency-key", "IDEMPOTENCY-KEY", "Idempotency-key"])
+def test_the_headers_case_does_not_matter(system, header):
+    assert ask(system).json["id"] == ask(system, header=header).json["id"]
+
+
+def test_keys_are_told_apart_exactly(system):
+    found = [ask(system, key).json["id"] for key in ("a", "A", "a b", "a  b", "a" * 255, "a" * 254, "\u00e4")]
+    assert len(set(found)) == len(found)
+
+
+def test_without_a_key_every_request_is_a_job(system):
+    assert ask(system, None).json["id"] != ask(system, None).json["id"]
+
+
+@pytest.mark.parametrize("key", ["", "a" * 256, "a\tb", "a\x7f"])
+def test_a_key_that_is_none_is_refused(system, key):
+    refused = ask(system, key)
+    assert refused.status == 400
+    assert [error["field"] for error in refused.json["errors"]] == ["Idempotency-Key"]
+    assert jobs(system) == []
+
+
+def test_another_teams_key_is_another_key(system):
+    first = ask(system)
+    ours = system.services.settings
+    system.services.settings = replace(ours, default_team="other")
+    other = ask(system, prompt="a boat")
+    assert other.status == 202
+    assert other.json["id"] != first.json["id"]
+    assert ask(system, prompt="a boat").json["id"] == other.json["id"]
+    system.services.settings = ours
+    assert ask(system).json["id"] == first.json["id"]
+
+
+def test_a_key_is_forgotten_after_a_day(system):
+    first = ask(system)
+    past = {"N": str(int(time.time()) - 1)}
+    for table, name in (("idempotency", "expiration"), ("jobs", "expires_at")):
+        for item in system.dynamodb.scan(TableName=table)["Items"]:
+            if item.get("sk", {"S": "GUARD"})["S"] == "GUARD":
+                system.dynamodb.put_item(TableName=table, Item={**item, name: past})
+    second = ask(system, prompt="a boat")
+    assert second.status == 202
+    assert second.json["id"] != first.json["id"]
+
+
+# Requests that fail
+
+
+BROKEN = base64.b64encode(b"this is no image at all").decode()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [({"image": BROKEN}, 415), ({"image": "upl_" + "0" * 26}, 404), ({"samples": 5}, 400), ({"prompt": ""}, 400)],
+    ids=["no image", "no upload", "out of range", "empty"],
+)
+def test_a_refused_request_leaves_its_key_free(system, wrong, status):
+    for _ in range(2):
+        assert ask(system, **wrong).status == status
+    created = ask(system)
+    assert created.status == 202
+    assert ask(system).json["id"] == created.json["id"]
+    assert len(jobs(system)) == 1
+
+
+@pytest.mark.parametrize("operation", ["PutObject", "TransactWriteItems"])
+def test_a_request_that_aws_failed_can_be_sent_again(system, aws, operation):
+    def fail() -> None:
+        raise EndpointConnectionError(endpoint_url="https://aws.example")
+
+    aws.once_at(f"before {operation}", fail)
+    failed = ask(system)
+    assert (failed.status, failed.json["code"]) == (500, "internal_error")
+    assert ask(system).status == 202
+    assert len(jobs(system)) == system.messages() == 1
+
+
+def test_a_job_that_could_not_be_sent_is_a_job_still(system, aws):
+    def fail() -> None:
+        raise EndpointConnectionError(endpoint_url="https://aws.example")
+
+    aws.once_at("before SendMessage", fail)
+    created = ask(system)
+    assert created.status == 202
+    assert ask(system).json["id"] == created.json["id"]
+    assert system.messages() == 0
+    system.clock.advance(61)
+    assert system.sweep() == {"resent": 1}
+    assert system.deliver() == 1
+    assert ask(system).json["status"] == "succeeded"
+
+
+# Crashes
+
+
+@pytest.mark.parametrize(
+    "place", ["after TransactWriteItems", "before SendMessage", "after SendMessage", "before UpdateItem"]
+)
+def test_a_crash_after_the_job_was_written_leads_back_to_that_job(system, aws, place):
+    def die() -> None:
+        raise Killed
+
+    aws.once_at(place, die)
+    with pytest.raises(Killed):
+        ask(system)
+    [job] = jobs(system)
+    sent = system.messages()
+    in_flight = ask(system)
+    assert (in_flight.status, in_flight.json["code"]) == (409, "idempotency_in_flight")
+    let_the_crashed_request_expire(system)
+    refused = ask(system, prompt="a boat")
+    assert (refused.status, refused.json["code"]) == (422, "idempotency_key_reused")
+    found = ask(system)
+    assert (found.status, found.json["id"], found.json["input"]) == (202, job["id"], job["input"])
+    assert system.messages() == sent + 1
+    system.deliver()
+    assert ask(system).json["id"] == job["id"]
+    assert len(jobs(system)) == len(system.segmind.calls) == 1
+    assert system.messages() == 0
+
+
+def test_a_job_that_ended_before_its_request_was_repeated_is_not_sent_again(system, aws):
+    def die() -> None:
+        raise Killed
+
+    aws.once_at("before UpdateItem", die)
+    with pytest.raises(Killed):
+        ask(system)
+    system.deliver()
+    let_the_crashed_request_expire(system)
+    found = ask(system)
+    assert (found.status, found.json["status"]) == (200, "succeeded")
+    assert found.headers["idempotent-replayed"] == "true"
+    assert system.messages() == 0
+
+
+@pytest.mark.parametrize("place", ["after PutItem", "before PutObject", "after PutObject", "before TransactWriteItems"])
+def test_a_crash_before_the_job_was_written_leaves_none(system, aws, place):
+    def die() -> None:
+        raise Killed
+
+    aws.once_at(place, die)
+    with pytest.raises(Killed):
+        ask(system)
+    assert jobs(system) == []
+    assert ask(system).status == 409
+    let_the_crashed_request_expire(system)
+    assert ask(system).status == 202
+    assert len(jobs(system)) == system.messages() == 1
+
+
+# Crowds
+
+
+PLACES = [
+    f"{moment} {operation}"
+    for operation in ("PutItem", "PutObject", "TransactWriteItems", "SendMessage", "UpdateItem")
+    for moment in ("before", "after")
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_second_request_between_any_two_steps_of_the_first(system, aws, place):
+    answers: list[Answer] = []
+    aws.once_at(place, lambda: answers.append(ask(system)))
+    first = ask_elsewhere(system)
+    [second] = answers
+    if place == "before PutItem":
+        # The second has come first.
+        assert (first.replayed, second.status, second.json["id"]) == (True, 202, first.job.id)
+    elif place == "after UpdateItem":
+        assert (first.replayed, second.status, second.json["id"]) == (False, 202, first.job.id)
+    else:
+        assert not first.replayed
+        assert (second.status, second.json["code"]) == (409, "idempotency_in_flight")
+        assert int(second.headers["retry-after"]) >= 1
+    assert [job["id"] for job in jobs(system)] == [first.job.id]
+    assert system.messages() == 1
+    system.deliver()
+    assert ask(system).json["status"] == "succeeded"
+    assert len(system.segmind.calls) == 1
+
+
+def test_twenty_requests_between_the_steps_of_the_first_one(system, aws):
+    answers: list[Answer] = []
+
+    def step(place: str) -> None:
+        if place != "before PutItem":
+            aws.step = None
+            answers.extend([ask(system), ask(system)])
+            aws.step = step
+
+    aws.step = step
+    first = ask_elsewhere(system)
+    aws.step = None
+    answers += [ask(system) for _ in range(20 - len(answers))]
+    assert Counter(answer.status for answer in answers) == {409: 16, 202: 4}
+    assert {answer.json["id"] for answer in answers if answer.status == 202} == {first.job.id}
+    assert len(jobs(system)) == system.messages() == 1
+    system.deliver()
+    assert len(system.segmind.calls) == 1
+
+
+def test_another_payload_in_flight_is_never_taken_for_the_first(system, aws):
+    refused = []
+
+    def other() -> None:
+        refused.append(ask(system, prompt="a boat"))
+
+    aws.once_at("after TransactWriteItems", other)
+    first = ask_elsewhere(system)
+    assert [answer.status for answer in refused] in ([409], [422])
+    assert [job["id"] for job in jobs(system)] == [first.job.id]
+
+
+def test_two_requests_after_a_crash_find_the_same_job(system, aws):
+    def die() -> None:
+        raise Killed
+
+    aws.once_at("before SendMessage", die)
+    with pytest.raises(Killed):
+        ask(system)
+    let_the_crashed_request_expire(system)
+    late: list[Submission | str] = []
+
+    def another() -> None:
+        try:
+            late.append(ask_elsewhere(system))
+        except IdempotencyInFlight:
+            late.append("in flight")
+
+    aws.once_at("after TransactWriteItems", another)
+    found = ask(system)
+    assert found.status == 202
+    assert late == ["in flight"]
+    assert [job["id"] for job in jobs(system)] == [found.json["id"]]
+
+
+# AWS calls
+
+
+def calls_of(aws: Aws, what: Callable[[], Any]) -> dict[str, int]:
+    aws.made.clear()
+    what()
+    return dict(aws.made)
+
+
+def test_the_calls_of_a_create(system, aws):
+    assert calls_of(aws, lambda: ask(system, None)) == CREATE
+
+
+def test_the_calls_of_a_create_with_a_key(system, aws):
+    assert calls_of(aws, lambda: ask(system)) == CREATE | {"PutItem": 1, "UpdateItem": 1}
+    assert calls_of(aws, lambda: ask(system)) == {"PutItem": 1, "GetItem": 1}
+    assert calls_of(aws, lambda: ask(system, prompt="a boat")) == {"PutItem": 1}
+
+
+def test_the_calls_of_a_create_from_an_upload(system, aws):
+    uploaded = system.api("POST", "/uploads", base64.b64decode(picture()), {"Content-Type": "image/png"}).json["id"]
+    assert calls_of(aws, lambda: ask(system, None, image=uploaded)) == CREATE | {"GetObject": 1}
+
+
+def test_a_refused_request_makes_no_call(system, aws):
+    assert calls_of(aws, lambda: ask(system, None, samples=9)) == {}
+    assert calls_of(aws, lambda: ask(system, None, image=BROKEN)) == {}
+    assert calls_of(aws, lambda: system.api("GET", "/health")) == {}
+
+
+def test_each_look_of_a_waiting_caller_is_one_read(system, aws):
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        system.clock.advance(seconds)
+
+    system.services.sleep = sleep
+    assert calls_of(aws, lambda: ask(system, None, wait=25)) == CREATE | {"GetItem": len(pauses)}
+    assert sum(pauses) == pytest.approx(25, abs=0.5)
+    assert len(pauses) < 40
+
+
+def test_the_calls_of_reading(system, aws):
+    job_id = ask(system, None, samples=4).json["id"]
+    system.deliver()
+    assert calls_of(aws, lambda: system.job(job_id)) == {"GetItem": 1}
+    assert calls_of(aws, lambda: system.api("GET", f"/jobs/{job_id}/outputs/3")) == {"GetItem": 1}
+    assert calls_of(aws, lambda: system.api("GET", "/jobs")) == {"Query": 1}
+    assert calls_of(aws, lambda: system.api("POST", f"/jobs/{job_id}/cancel")) == {"UpdateItem": 1}
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_calls_of_a_run(system, aws, samples):
+    ask(system, None)
+    assert calls_of(aws, system.deliver)["GetSecretValue"] == 1
+    ask(system, None, samples=samples)
+    run = {"UpdateItem": 1, "GetObject": 1, "PutObject": samples, "TransactWriteItems": 1}
+    assert calls_of(aws, system.deliver) == run
+
+
+def test_the_calls_of_a_run_that_has_to_wait(system, aws):
+    ask(system, None)
+    system.deliver()
+    ask(system, None, samples=2)
+    system.segmind.behave("503")
+    [record] = system.receive()
+    waits = {"UpdateItem": 2, "GetObject": 1, "PutObject": 1, "ChangeMessageVisibility": 1}
+    assert calls_of(aws, lambda: system.work(record)) == waits
+    ends = {"UpdateItem": 1, "ListObjectsV2": 1, "HeadObject": 1, "GetObject": 1, "PutObject": 1}
+    assert calls_of(aws, lambda: system.work(record)) == ends | {"TransactWriteItems": 1}
+
+
+def test_a_message_that_comes_again_makes_one_call(system, aws):
+    ask(system, None)
+    [record] = system.receive()
+    assert system.work(record)
+    assert calls_of(aws, lambda: system.work(record)) == {"UpdateItem": 1}
+
+
+def test_the_calls_of_a_sweep(system, aws):
+    assert calls_of(aws, system.sweep) == {"Query": 4}
+    ask(system, None)
+    system.clock.advance(61)
+    assert calls_of(aws, system.sweep) == {"Query": 4, "UpdateItem": 1, "SendMessage": 1}
+    system.clock.advance(1800)
+    assert calls_of(aws, system.sweep) == {"Query": 4, "TransactWriteItems": 1}

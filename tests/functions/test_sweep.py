@@ -1,0 +1,407 @@
+"""What becomes of jobs that no message, or no worker, looks after any more."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import EndpointConnectionError
+from PIL import Image
+
+from img2img.errors import BackendUnreachable
+from img2img.jobs import Status
+from img2img.sweep import sweep
+from tests.system import System
+
+LEASE = 130
+DEADLINE = 1800
+
+
+class Killed(BaseException):
+    """The process is gone: nothing of it catches this."""
+
+
+@pytest.fixture
+def at(system) -> Iterator[Callable[[str, Callable[[], Any]], None]]:
+    """Have something happen before the next AWS call of an operation."""
+    steps: dict[str, Callable[[], Any]] = {}
+
+    def before(model: Any, **_: Any) -> None:
+        if step := steps.pop(model.name, None):
+            step()
+
+    # The functions make their clients, each with a copy of these events, when they first need them.
+    events = boto3.DEFAULT_SESSION.events
+    events.register("before-call", before)
+    yield steps.__setitem__
+    events.unregister("before-call", before)
+
+
+def die() -> None:
+    raise Killed
+
+
+def fail() -> None:
+    raise EndpointConnectionError(endpoint_url="https://aws.example")
+
+
+@cache
+def picture() -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (120, 60, 30)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def create(system: System, **fields: Any) -> str:
+    created = system.create(**{"image": picture(), "seed": 7, **fields})
+    assert created.status == 202, created.content
+    return str(created.json["id"])
+
+
+def lose_messages(system: System) -> None:
+    """Empty the queue, as if what was in it had never been sent."""
+    for record in system.receive():
+        system.sqs.delete_message(QueueUrl=system.queue_url, ReceiptHandle=record["receiptHandle"])
+
+
+def forgotten(system: System, **fields: Any) -> str:
+    """Create a job whose message is lost."""
+    job_id = create(system, **fields)
+    lose_messages(system)
+    return job_id
+
+
+def crashed(system: System, at: Callable[..., None], operation: str = "GetObject", **fields: Any) -> str:
+    """Create a job whose worker dies before a call, and whose message is lost."""
+    job_id = create(system, **fields)
+    [record] = system.receive()
+    at(operation, die)
+    with pytest.raises(Killed):
+        system.work(record)
+    lose_messages(system)
+    return job_id
+
+
+def item(system: System, job_id: str) -> Any:
+    key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
+    return system.dynamodb.get_item(TableName="jobs", Key=key)["Item"]
+
+
+# Queued and forgotten
+
+
+def test_a_job_on_its_way_is_left_alone(system):
+    create(system)
+    system.clock.advance(59)
+    assert system.sweep() == {}
+    assert system.messages() == 1
+
+
+def test_a_forgotten_job_is_sent_again(system):
+    job_id = forgotten(system)
+    system.clock.advance(60)
+    assert system.sweep() == {"resent": 1}
+    [record] = system.receive()
+    assert json.loads(record["body"]) == {
+        "team": "default",
+        "job_id": job_id,
+        "correlation_id": item(system, job_id)["correlation_id"]["S"],
+    }
+    assert system.work(record)
+    assert system.job(job_id)["status"] == "succeeded"
+    assert system.sweep() == {}
+
+
+def test_a_forgotten_job_is_sent_again_ever_later(system):
+    forgotten(system)
+    sent_at = []
+    for minute in range(1, 30):
+        system.clock.advance(60)
+        if system.sweep().get("resent"):
+            sent_at.append(minute)
+    pauses = [late - early for early, late in itertools.pairwise(sent_at)]
+    assert sent_at[0] in (1, 2)
+    assert pauses == sorted(pauses)
+    assert 3 <= len(sent_at) <= 6
+    assert system.messages() == len(sent_at)
+
+
+def test_repeated_messages_run_a_job_once(system):
+    job_id = create(system)
+    for seconds in (60, 60, 120):
+        system.clock.advance(seconds)
+        assert system.sweep() == {"resent": 1}
+    assert system.messages() == 4
+    assert system.deliver() == 4
+    assert system.job(job_id)["status"] == "succeeded"
+    assert len(system.segmind.calls) == 1
+
+
+def test_a_job_whose_message_could_not_be_sent_is_sent_by_the_sweep(system, at):
+    at("SendMessage", fail)
+    job_id = create(system)
+    assert system.messages() == 0
+    system.clock.advance(60)
+    assert system.sweep() == {"resent": 1}
+    system.deliver()
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def test_many_forgotten_jobs_are_all_sent(system):
+    jobs = {forgotten(system) for _ in range(9)}
+    system.clock.advance(60)
+    assert system.sweep() == {"resent": 9}
+    assert {json.loads(record["body"])["job_id"] for record in system.receive()} == jobs
+
+
+def test_a_released_job_is_sent_again_when_its_message_is_lost(system):
+    system.segmind.behave("500")
+    job_id = create(system)
+    [record] = system.receive()
+    assert not system.work(record)
+    system.sqs.delete_message(QueueUrl=system.queue_url, ReceiptHandle=record["receiptHandle"])
+    system.clock.advance(61)
+    assert system.sweep() == {}
+    system.clock.advance(2)
+    assert system.sweep() == {"resent": 1}
+    assert system.deliver() == 1
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+# Leases
+
+
+def test_a_job_whose_worker_died_is_sent_again_when_its_lease_has_run_out(system, at):
+    job_id = crashed(system, at)
+    assert system.job(job_id)["status"] == "processing"
+    system.clock.advance(LEASE - 2)
+    assert system.sweep() == {}
+    system.clock.advance(2)
+    assert system.sweep() == {"resent": 1}
+    assert system.deliver() == 1
+    assert system.job(job_id)["status"] == "succeeded"
+    assert len(system.segmind.calls) == 1
+    assert system.sweep() == {}
+
+
+def test_pictures_stored_before_the_crash_are_not_made_again(system, at):
+    job_id = crashed(system, at, "TransactWriteItems", samples=3)
+    assert len(system.objects("results")) == 3
+    system.clock.advance(LEASE)
+    system.sweep()
+    system.deliver()
+    job = system.job(job_id)
+    assert [output["status"] for output in job["outputs"]] == ["succeeded"] * 3
+    assert system.segmind.summary()["calls_by_seed"] == {"7": 1, "8": 1, "9": 1}
+
+
+def test_a_worker_that_was_only_slow_keeps_its_job(system, at):
+    """The lease has run out and the job was sent again, but nobody has claimed it yet."""
+    job_id = create(system)
+    [record] = system.receive()
+
+    def meanwhile() -> None:
+        system.clock.advance(LEASE)
+        assert sweep(system.services) == {"resent": 1}
+
+    at("PutObject", meanwhile)
+    assert system.work(record)
+    assert system.job(job_id)["status"] == "succeeded"
+    assert system.deliver() == 1
+    assert len(system.segmind.calls) == 1
+
+
+# Deadlines
+
+
+def test_a_job_past_its_deadline_fails(system):
+    job_id = forgotten(system)
+    system.clock.advance(DEADLINE)
+    assert system.sweep() == {"failed": 1}
+    job = system.job(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "deadline_exceeded")
+    assert job["completed_at"]
+    assert [output["error"]["code"] for output in job["outputs"]] == ["deadline_exceeded"]
+    assert system.segmind.calls == []
+    assert system.sweep() == {}
+
+
+def test_a_message_that_comes_after_the_deadline_costs_nothing(system):
+    job_id = create(system)
+    system.clock.advance(DEADLINE)
+    assert system.deliver() == 1
+    assert system.job(job_id)["error"]["code"] == "deadline_exceeded"
+    assert system.segmind.calls == []
+
+
+def test_a_job_that_failed_meanwhile_is_not_run(system):
+    job_id = create(system)
+    system.clock.advance(DEADLINE)
+    assert system.sweep() == {"failed": 1}
+    ended = system.job(job_id)
+    assert system.deliver() == 1
+    assert system.job(job_id) == ended
+    assert system.segmind.calls == []
+
+
+def test_a_crashed_job_fails_at_its_deadline(system, at):
+    job_id = crashed(system, at)
+    system.clock.advance(DEADLINE)
+    assert system.sweep() == {"failed": 1}
+    assert system.job(job_id)["error"]["code"] == "deadline_exceeded"
+
+
+def test_the_sweep_keeps_the_pictures_that_were_delivered_before_the_deadline(system):
+    system.segmind.behave("503")
+    job_id = create(system, samples=2)
+    [record] = system.receive()
+    assert not system.work(record)
+    system.clock.advance(DEADLINE)
+    assert system.sweep() == {"succeeded": 1}
+    job = system.job(job_id)
+    assert job["status"] == "succeeded"
+    assert sorted(output["status"] for output in job["outputs"]) == ["failed", "succeeded"]
+
+
+def test_who_waits_for_a_job_past_its_deadline_gets_a_504(system):
+    request = {"image": picture(), "headers": {"Idempotency-Key": "k"}}
+    job_id = forgotten(system, headers=request["headers"])
+    system.clock.advance(DEADLINE - 10)
+
+    def sleep(seconds: float) -> None:
+        system.clock.advance(seconds)
+        lose_messages(system)
+        system.sweep()
+
+    system.services.sleep = sleep
+    answer = system.create(wait=25, seed=7, **request)
+    assert (answer.status, answer.json["code"], answer.json["job_id"]) == (504, "deadline_exceeded", job_id)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["location"].endswith(job_id)
+    assert system.job(job_id)["status"] == "failed"
+
+
+# Finished jobs
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "canceled"])
+def test_finished_jobs_are_never_touched(system, end):
+    if end == "failed":
+        system.segmind.behave("400")
+    job_id = create(system)
+    if end == "canceled":
+        system.api("POST", f"/jobs/{job_id}/cancel")
+    system.deliver()
+    before = item(system, job_id)
+    assert before["status"]["S"] == end
+    for seconds in (61, LEASE, DEADLINE, 86_400):
+        system.clock.advance(seconds)
+        assert system.sweep() == {}
+    assert item(system, job_id) == before
+    assert system.messages() == 0
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete", "run"])
+def test_a_job_that_ends_while_it_is_swept_stays_ended(system, at, end):
+    job_id = forgotten(system)
+    system.clock.advance(DEADLINE)
+    jobs = system.services.jobs
+
+    def meanwhile() -> None:
+        if end == "delete":
+            jobs.delete("default", job_id)
+        elif end == "cancel":
+            jobs.cancel("default", job_id)
+        else:
+            claimed = jobs.claim("default", job_id, lease_seconds=LEASE)
+            assert jobs.finish(claimed, error=BackendUnreachable("away"))
+
+    at("TransactWriteItems", meanwhile)
+    assert sweep(system.services) == {}
+    answer = system.api("GET", f"/jobs/{job_id}")
+    assert answer.status == (404 if end == "delete" else 200)
+    if end != "delete":
+        assert answer.json["status"] == ("canceled" if end == "cancel" else "failed")
+        assert (answer.json["error"] or {}).get("code") == (None if end == "cancel" else "backend_unreachable")
+
+
+def test_a_job_that_is_claimed_while_it_is_swept_is_not_sent_again(system, at):
+    job_id = forgotten(system)
+    system.clock.advance(60)
+    jobs = system.services.jobs
+    at("UpdateItem", lambda: jobs.claim("default", job_id, lease_seconds=LEASE))
+    assert sweep(system.services) == {}
+    assert system.messages() == 0
+    assert jobs.get("default", job_id).status is Status.PROCESSING
+
+
+# Two at once, and none to the end
+
+
+@pytest.mark.parametrize("operation", ["UpdateItem", "SendMessage"])
+def test_two_sweeps_at_once_send_a_job_once(system, at, operation):
+    job_id = forgotten(system)
+    system.clock.advance(60)
+    inner: list[dict[str, int]] = []
+    at(operation, lambda: inner.append(dict(sweep(system.services))))
+    outer = dict(sweep(system.services))
+    assert sorted((sum(outer.values()), sum(inner[0].values()))) == [0, 1]
+    assert system.messages() == 1
+    system.deliver()
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def test_two_sweeps_at_once_fail_a_job_once(system, at):
+    job_id = forgotten(system)
+    system.clock.advance(DEADLINE)
+    inner: list[dict[str, int]] = []
+    at("TransactWriteItems", lambda: inner.append(dict(sweep(system.services))))
+    assert dict(sweep(system.services)) == {}
+    assert inner == [{"failed": 1}]
+    assert system.job(job_id)["error"]["code"] == "deadline_exceeded"
+
+
+def test_two_sweeps_at_once_of_a_crashed_job_do_no_harm(system, at):
+    job_id = crashed(system, at)
+    system.clock.advance(LEASE)
+    at("SendMessage", lambda: sweep(system.services))
+    sweep(system.services)
+    assert 1 <= system.messages() <= 2
+    system.deliver()
+    assert system.job(job_id)["status"] == "succeeded"
+    assert len(system.segmind.calls) == 1
+
+
+def test_a_job_that_cannot_be_sent_is_sent_by_a_later_sweep(system, at):
+    job_id = forgotten(system)
+    system.clock.advance(60)
+    at("SendMessage", fail)
+    with pytest.raises(EndpointConnectionError):
+        system.sweep()
+    system.clock.advance(120)
+    assert system.sweep() == {"resent": 1}
+    system.deliver()
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+# Metrics
+
+
+def test_what_the_sweep_ended_is_counted_like_any_other_failure(system, capsys):
+    job_id = forgotten(system)
+    correlation_id = item(system, job_id)["correlation_id"]["S"]
+    system.clock.advance(DEADLINE)
+    capsys.readouterr()
+    system.sweep()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if '"_aws"' in line]
+    assert sum(sum(line.get("JobsFailed", [])) for line in lines) == 1
+    [failure] = [line for line in lines if "FailuresByCode" in line]
+    assert failure["code"] == "deadline_exceeded"
+    assert (failure["job_id"], failure["correlation_id"]) == (job_id, correlation_id)
