@@ -22,6 +22,9 @@ RUN := .venv/.run
 DEV := .venv/.dev
 SAM_CLI := .venv-sam/.sam-$(SAM_VERSION)
 
+# Without MAKEFLAGS: a PYTHON given to this make would reach the layer's and win over ours, which has pip.
+SAM_BUILD = MAKEFLAGS= PYTHON=$(CURDIR)/$(PY) $(SAM) build
+
 in_region = $(if $(REGION),--region $(REGION))
 
 .PHONY: help install run demo test lint build deploy secret logs bench clean
@@ -47,12 +50,12 @@ lint: $(DEV) ## Check style, types and the template
 	.venv/bin/cfn-lint template.yaml
 
 build: $(DEV) $(SAM_CLI) ## Build what is deployed, and check it
-	PYTHON=$(CURDIR)/$(PY) $(SAM) build
+	$(SAM_BUILD)
 	$(PY) -m pytest tests/build
 
 deploy: $(DEV) $(SAM_CLI) ## Deploy to AWS; asks for the parameters the first time
-	PYTHON=$(CURDIR)/$(PY) $(SAM) build
-	$(SAM) deploy --stack-name $(STACK) $(in_region) $(if $(wildcard samconfig.toml),,--guided)
+	$(SAM_BUILD)
+	$(SAM) deploy --stack-name $(STACK) $(in_region) --no-fail-on-empty-changeset $(if $(wildcard samconfig.toml),,--guided)
 
 secret: $(RUN) ## Store the Segmind key of a deployed stack; asks for it, or reads it from a pipe
 	@$(PY) -c "$$STORE_SECRET" "$(STACK)" "$(REGION)"

@@ -186,6 +186,8 @@ def test_each_repeat_waits_longer(system, aws):
 
 
 def test_a_repeat_that_would_come_after_the_deadline_is_none(system):
+    now = system.clock()
+    system.services.clock = lambda: now
     system.services.settings = replace(system.services.settings, job_deadline=2)
     system.segmind.behave("500", 5)
     job_id = create(system)

@@ -99,7 +99,7 @@ def item(system: System, job_id: str) -> Any:
 
 def test_a_job_on_its_way_is_left_alone(system):
     create(system)
-    system.clock.advance(59)
+    system.clock.advance(50)
     assert system.sweep() == {}
     assert system.messages() == 1
 
@@ -135,7 +135,7 @@ def test_a_forgotten_job_is_sent_again_ever_later(system):
 
 def test_repeated_messages_run_a_job_once(system):
     job_id = create(system)
-    for seconds in (60, 60, 120):
+    for seconds in (61, 65, 140):
         system.clock.advance(seconds)
         assert system.sweep() == {"resent": 1}
     assert system.messages() == 4
@@ -167,9 +167,9 @@ def test_a_released_job_is_sent_again_when_its_message_is_lost(system):
     [record] = system.receive()
     assert not system.work(record)
     system.sqs.delete_message(QueueUrl=system.queue_url, ReceiptHandle=record["receiptHandle"])
-    system.clock.advance(61)
+    system.clock.advance(50)
     assert system.sweep() == {}
-    system.clock.advance(2)
+    system.clock.advance(12)
     assert system.sweep() == {"resent": 1}
     assert system.deliver() == 1
     assert system.job(job_id)["status"] == "succeeded"
@@ -181,9 +181,9 @@ def test_a_released_job_is_sent_again_when_its_message_is_lost(system):
 def test_a_job_whose_worker_died_is_sent_again_when_its_lease_has_run_out(system, at):
     job_id = crashed(system, at)
     assert system.job(job_id)["status"] == "processing"
-    system.clock.advance(LEASE - 2)
+    system.clock.advance(LEASE - 20)
     assert system.sweep() == {}
-    system.clock.advance(2)
+    system.clock.advance(20)
     assert system.sweep() == {"resent": 1}
     assert system.deliver() == 1
     assert system.job(job_id)["status"] == "succeeded"
@@ -233,6 +233,16 @@ def test_a_job_past_its_deadline_fails(system):
     assert system.sweep() == {}
 
 
+def test_a_job_that_was_sent_again_just_before_its_deadline_fails_in_time(system):
+    job_id = forgotten(system)
+    system.clock.advance(DEADLINE - 10)
+    assert system.sweep() == {"resent": 1}
+    lose_messages(system)
+    system.clock.advance(10)
+    assert system.sweep() == {"failed": 1}
+    assert system.job(job_id)["error"]["code"] == "deadline_exceeded"
+
+
 def test_a_message_that_comes_after_the_deadline_costs_nothing(system):
     job_id = create(system)
     system.clock.advance(DEADLINE)
@@ -275,9 +285,8 @@ def test_who_waits_for_a_job_past_its_deadline_gets_a_504(system):
     job_id = forgotten(system, headers=request["headers"])
     system.clock.advance(DEADLINE - 10)
 
-    def sleep(seconds: float) -> None:
-        system.clock.advance(seconds)
-        lose_messages(system)
+    def sleep(_: float) -> None:
+        system.clock.advance(10)
         system.sweep()
 
     system.services.sleep = sleep

@@ -40,6 +40,11 @@ def test_regional_and_named(template):
     assert api["ApiKeySourceType"] == "HEADER"
 
 
+def test_a_new_parameter_reaches_the_stage(source):
+    # SAM names a deployment by the template's text, in which a parameter's value does not show.
+    assert source["Resources"]["Api"]["Properties"]["AlwaysDeploy"] is True
+
+
 def test_only_stage_is_v1(template):
     (stage,) = template.of_type("AWS::ApiGateway::Stage").values()
     assert stage["StageName"] == "v1"

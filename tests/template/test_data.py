@@ -125,7 +125,9 @@ def test_queue_is_encrypted_and_speaks_tls_only(queue_name, template):
     (policy,) = [p for p in template.of_type("AWS::SQS::QueuePolicy").values() if {"Ref": queue_name} in p["Queues"]]
     (statement,) = policy["PolicyDocument"]["Statement"]
     assert tls_only(statement)
-    assert {"Fn::GetAtt": [queue_name, "Arn"]} in statement["Resource"]
+    # SQS refuses a statement that names a second queue.
+    assert policy["Queues"] == [{"Ref": queue_name}]
+    assert statement["Resource"] == {"Fn::GetAtt": [queue_name, "Arn"]}
 
 
 def test_dead_letters(template):

@@ -68,7 +68,7 @@ def test_retry_times_fit_together(template):
     assert queue["VisibilityTimeout"] >= 6 * worker
     assert int(variables["LEASE_SECONDS"]) > worker
     # The gateway hangs up at 29 s, and a sweep ends before the next one starts.
-    assert template.properties("ApiFunction")["Timeout"] <= 29
+    assert template.properties("ApiFunction")["Timeout"] < 29
     assert template.properties("SweepFunction")["Timeout"] < 60
 
 
@@ -115,7 +115,7 @@ def test_alias_follows_code_and_layers(version_of):
 
 
 def test_alias_follows_the_functions_own_properties(version_of):
-    assert version_of(lambda t: t["Resources"]["ApiFunction"]["Properties"].update(Timeout=28)) != version_of()
+    assert version_of(lambda t: t["Resources"]["ApiFunction"]["Properties"].update(Timeout=20)) != version_of()
     assert (
         version_of(lambda t: t["Globals"]["Function"]["Environment"]["Variables"].update(NEW_NAME="value"))
         != version_of()
@@ -219,3 +219,17 @@ def test_no_function_may_touch_the_others_data(template):
         assert not [r for a, r in allowed(template, role) if "IdempotencyTable" in r]
         assert ("dynamodb:DeleteItem", str({"Fn::GetAtt": ["JobsTable", "Arn"]})) not in allowed(template, role)
     assert not [a for a, _ in allowed(template, "SweepFunctionRole") if a.startswith(("s3:", "secretsmanager:"))]
+
+
+def test_a_failed_sweep_is_not_repeated_before_the_next(template):
+    (invoked,) = template.of_type("AWS::Lambda::EventInvokeConfig").values()
+    assert invoked["FunctionName"] == {"Ref": "SweepFunction"}
+    assert invoked["MaximumRetryAttempts"] == 0
+
+
+def test_binary_answers_are_of_types_that_the_gateway_decodes(template):
+    from functions.api.app import BINARY_TYPES
+
+    assert set(BINARY_TYPES) <= {
+        name.replace("~1", "/") for name in template.api["x-amazon-apigateway-binary-media-types"]
+    }

@@ -646,7 +646,7 @@ class Anyone:
 def test_no_order_of_calls_breaks_the_life_of_a_job(table):
     """Late and doubled calls change nothing, and every way that a job takes is a legal one."""
     ways: set[tuple[Status, Status]] = set()
-    for seed in range(16):
+    for seed in range(30):
         anyone, after_the_end = Anyone(table, seed), 0
         while after_the_end < 8 and len(anyone.seen) < 40:
             anyone.act()

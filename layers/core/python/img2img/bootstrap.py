@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer
+    from mypy_boto3_dynamodb import DynamoDBClient
 
     from img2img.backends import Backend
     from img2img.fetch import Fetcher
@@ -48,10 +49,14 @@ class Services:
         self.sleep = sleep
 
     @cached_property
+    def _dynamodb(self) -> DynamoDBClient:
+        return boto3.client("dynamodb", config=_CONFIG)
+
+    @cached_property
     def jobs(self) -> JobStore:
         """The table of jobs."""
         return JobStore(
-            boto3.client("dynamodb", config=_CONFIG),
+            self._dynamodb,
             self.settings.jobs_table,
             retention_days=self.settings.retention_days,
             clock=lambda: self.clock(),
@@ -79,9 +84,7 @@ class Services:
         """Powertools' table of idempotency keys."""
         from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer
 
-        return DynamoDBPersistenceLayer(
-            self.settings.idempotency_table, boto3_client=boto3.client("dynamodb", config=_CONFIG)
-        )
+        return DynamoDBPersistenceLayer(self.settings.idempotency_table, boto3_client=self._dynamodb)
 
     @cached_property
     def fetcher(self) -> Fetcher:
