@@ -190,7 +190,7 @@ def _created(use: Services, request: Img2ImgRequest, submission: Submission, job
         return _problem(job.error, headers, job_id=job.id)
     headers["x-generation-time"] = f"{job.generation_seconds:.3f}"
     if job.remaining_credits is not None:
-        headers["x-remaining-credits"] = f"{job.remaining_credits:g}"
+        headers["x-remaining-credits"] = f"{job.remaining_credits:.12g}"
     pictures = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
     first_accepted = re.split("[,;]", _header("accept").lower())[0].strip()
     if job.status is Status.SUCCEEDED and first_accepted in BINARY_TYPES:

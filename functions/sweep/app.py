@@ -18,10 +18,12 @@ metrics = Metrics()
 
 @logger.inject_lambda_context(correlation_id_path="id", clear_state=True)
 @observe.flushed(metrics)
-def handler(_event: dict[str, Any], _context: LambdaContext) -> dict[str, int]:
+def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, int]:
     """Sweep once; the event says nothing that matters."""
     done = sweep(services())
     if done:
-        logger.info("swept", failed=done["failed"], resent=done["resent"])
+        logger.info("swept", failed=done["failed"], succeeded=done["succeeded"], resent=done["resent"])
+        metrics.add_metadata("correlation_id", event["id"])
+        metrics.add_metric("JobsSucceeded", MetricUnit.Count, done["succeeded"])
         metrics.add_metric("JobsFailed", MetricUnit.Count, done["failed"])
     return dict(done)

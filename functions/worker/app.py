@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aws_lambda_powertools import Logger, Metrics, single_metric
+from aws_lambda_powertools import Logger, Metrics
 from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
@@ -31,24 +31,20 @@ def _measure(run: Run) -> None:
 
 
 def _measure_end(job: Job) -> None:
-    logger.info("job ended", status=job.status, code=job.error_code or None, backend=job.backend)
+    observe.job_ended(logger, job)
     metrics.add_metric("JobsSucceeded", MetricUnit.Count, int(job.status is Status.SUCCEEDED))
     metrics.add_metric("JobsFailed", MetricUnit.Count, int(job.status is Status.FAILED))
     if job.started_ms:
         metrics.add_metric("QueueTime", MetricUnit.Milliseconds, job.started_ms - job.created_ms)
     if job.outputs:
         metrics.add_metric("BackendTime", MetricUnit.Milliseconds, job.generation_seconds * 1000)
-    if job.error_code:
-        with single_metric("FailuresByCode", MetricUnit.Count, 1) as failures:
-            failures.add_dimension("code", job.error_code)
-            failures.add_metadata("correlation_id", job.correlation_id)
-            failures.add_metadata("job_id", job.id)
 
 
 def _run(record: dict[str, Any]) -> bool:
     """Run the job of one record. Returns whether the message is done with."""
     use = services()
     retry_after: int | None = RETRY_AFTER_CRASH
+    logger.append_keys(correlation_id=record["messageId"])
     try:
         message = JobMessage.from_json(record["body"])
         logger.append_keys(correlation_id=message.correlation_id, job_id=message.job_id, team=message.team)

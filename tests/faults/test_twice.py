@@ -73,6 +73,28 @@ def test_workers_that_start_together_run_a_job_once(deployment):
     assert deployment.seeds() == {0: 1, 1: 1}
 
 
+@pytest.mark.parametrize("answer", ["a picture", "429"])
+def test_a_worker_that_outlives_its_lease_changes_nothing_of_what_the_next_one_holds(deployment, answer):
+    deployment.warm()
+    if answer == "429":
+        deployment.system.segmind.behave("429")
+    job_id = deployment.new_job()
+    taken_over = []
+
+    def take_over() -> None:
+        deployment.system.clock.advance(LEASE + 1)
+        taken_over.append(deployment.system.services.jobs.claim("default", job_id, lease_seconds=LEASE))
+
+    _run_while(deployment, take_over, ("POST 0", AFTER))
+    item = deployment.item(job_id)
+    assert (item["status"]["S"], item["lease"]["S"]) == ("processing", taken_over[0].lease)
+    # The next one dies; what the first had stored is found again all the same.
+    deployment.system.clock.advance(LEASE + 1)
+    deployment.settle()
+    deployment.assert_succeeded(job_id)
+    assert deployment.system.segmind.billed == 1
+
+
 def test_a_message_that_comes_again_after_the_end_changes_nothing(deployment):
     job_id = deployment.new_job()
     message = next(iter(deployment.held.values()))

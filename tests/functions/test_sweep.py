@@ -389,15 +389,14 @@ def test_two_sweeps_at_once_of_a_crashed_job_do_no_harm(system, at):
 
 
 def test_a_job_that_cannot_be_sent_is_sent_by_a_later_sweep(system, at):
-    job_id = forgotten(system)
+    jobs = [forgotten(system) for _ in range(2)]
     system.clock.advance(60)
     at("SendMessage", fail)
-    with pytest.raises(EndpointConnectionError):
-        system.sweep()
+    assert system.sweep() == {"resent": 1}, "the trouble of one job keeps no other waiting"
     system.clock.advance(120)
-    assert system.sweep() == {"resent": 1}
+    assert system.sweep()["resent"] >= 1
     system.deliver()
-    assert system.job(job_id)["status"] == "succeeded"
+    assert {system.job(job_id)["status"] for job_id in jobs} == {"succeeded"}
 
 
 # Metrics

@@ -28,7 +28,7 @@ class Status(StrEnum):
 
 
 NEXT: Mapping[Status, frozenset[Status]] = {
-    Status.QUEUED: frozenset({Status.PROCESSING, Status.FAILED, Status.CANCELED}),
+    Status.QUEUED: frozenset({Status.PROCESSING, Status.SUCCEEDED, Status.FAILED, Status.CANCELED}),
     # Back to queued: the backend asked to wait, or may be asked again without paying twice.
     Status.PROCESSING: frozenset({Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELED}),
     Status.SUCCEEDED: frozenset(),

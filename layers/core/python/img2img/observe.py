@@ -5,8 +5,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools import Logger, Metrics, single_metric
+from aws_lambda_powertools.metrics import MetricUnit
+
+if TYPE_CHECKING:
+    from img2img.jobs import Job
 
 
 def log_unexpected(logger: Logger, error: Exception) -> None:
@@ -18,6 +23,24 @@ def describe(metrics: Metrics, *, correlation_id: str, job_id: str) -> None:
     """Tie the metrics of this invocation to a request and a job."""
     metrics.add_metadata("correlation_id", correlation_id)
     metrics.add_metadata("job_id", job_id)
+
+
+def job_ended(logger: Logger, job: Job) -> None:
+    """Log how a job ended, and count a failure under its code."""
+    logger.info(
+        "job ended",
+        correlation_id=job.correlation_id,
+        job_id=job.id,
+        team=job.team,
+        status=job.status,
+        code=job.error_code or None,
+        backend=job.backend,
+    )
+    if job.error_code:
+        with single_metric("FailuresByCode", MetricUnit.Count, 1) as failures:
+            failures.add_dimension("code", job.error_code)
+            failures.add_metadata("correlation_id", job.correlation_id)
+            failures.add_metadata("job_id", job.id)
 
 
 @contextmanager

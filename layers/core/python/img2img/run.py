@@ -36,6 +36,7 @@ from img2img.jobs import (
 from img2img.submit import RESEND_AFTER
 
 if TYPE_CHECKING:
+    from img2img.backends import Backend
     from img2img.bootstrap import Services
 
 logger = Logger(child=True)
@@ -67,11 +68,11 @@ class _Sample:
     remaining_credits: float | None = None
 
 
-def _generate(services: Services, job: Job, image: bytes, index: int) -> _Sample:
+def _generate(services: Services, backend: Backend, job: Job, image: bytes, index: int) -> _Sample:
     sample = _Sample(index)
     seed = job.params.seed_of(index)
     try:
-        generated = services.backend.generate(image, job.params, seed)
+        generated = backend.generate(image, job.params, seed)
         sample.remaining_credits = generated.remaining_credits
         data = generated.data
         picture = images.examine(data)
@@ -130,8 +131,10 @@ def run_job(services: Services, team: str, job_id: str) -> Run:
     if not indexes:
         return _finish(services, job)
     image = services.storage.get_input(job)
+    # Made before there are threads: neither boto3's session nor `cached_property` makes one thing once for all of them.
+    backend = services.backend
     with ThreadPoolExecutor(len(indexes)) as pool:
-        samples = list(pool.map(lambda index: _generate(services, job, image, index), indexes))
+        samples = list(pool.map(lambda index: _generate(services, backend, job, image, index), indexes))
     return _conclude(services, job, samples)
 
 

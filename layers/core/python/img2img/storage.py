@@ -166,8 +166,12 @@ class Storage:
 
     def delete_job(self, team: str, job_id: str) -> None:
         """Delete a job's input and outputs; what is gone already is no error."""
-        self._client.delete_object(Bucket=self._uploads, Key=self._input_key(team, job_id))
+        self.delete_input(team, job_id)
         self.delete_outputs(team, job_id)
+
+    def delete_input(self, team: str, job_id: str) -> None:
+        """Delete the picture that a job would have sent."""
+        self._client.delete_object(Bucket=self._uploads, Key=self._input_key(team, job_id))
 
     def delete_outputs(self, team: str, job_id: str) -> None:
         """Delete what a job stored as results. At most four samples: one page holds them."""

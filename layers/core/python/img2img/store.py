@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from img2img.dynamo import Item, cancellations, error_code, number, outputs_json, text, through_conflicts, to_job
 from img2img.errors import JobError, NotFound
 from img2img.ids import first_id_at, id_before, new_id
-from img2img.jobs import Job, Status, before
+from img2img.jobs import NEXT, Job, Status, before
 from img2img.listing import JobFilter
 
 if TYPE_CHECKING:
@@ -197,12 +197,14 @@ class JobStore:
         now = int(self._clock())
         waiting = "#status = :queued"
         lease_ran_out = "(#status = :processing AND due_at <= :now)"
+        # boto3 repeats a call whose answer was lost: then the claim is ours already.
+        answer_lost = "lease = :lease"
         claimed, job = self._update(
             team,
             job_id,
             "SET #status = :processing, lease = :lease, due_at = :due, "
             "started_ms = if_not_exists(started_ms, :now_ms) ADD attempts :one",
-            f"{waiting} OR {lease_ran_out}",
+            f"{waiting} OR {lease_ran_out} OR {answer_lost}",
             {
                 ":queued": text(Status.QUEUED),
                 ":processing": text(Status.PROCESSING),
@@ -242,6 +244,8 @@ class JobStore:
         Returns the ended job, or None when it has moved on meanwhile; then nothing was written.
         """
         status = Status.FAILED if error else Status.SUCCEEDED
+        if status not in NEXT[job.status]:
+            return None
         now_ms = int(self._clock() * 1000)
         ended = replace(
             job,
@@ -253,7 +257,8 @@ class JobStore:
             error_detail=error.detail if error else "",
         )
         as_seen = "#status = :seen"
-        same_holder = "lease = :lease" if job.lease else "attribute_not_exists(lease)"
+        # A queued job may have been run and queued again since.
+        unchanged = "lease = :lease" if job.lease else "attribute_not_exists(lease) AND due_at = :due"
         values: dict[str, Any] = {
             ":seen": text(job.status),
             ":status": text(status),
@@ -266,6 +271,8 @@ class JobStore:
         sets += ", error_code = :code, error_detail = :detail"
         if job.lease:
             values[":lease"] = text(job.lease)
+        else:
+            values[":due"] = number(job.due_at or 0)
         if job.remaining_credits is not None:
             sets += ", remaining_credits = :remaining"
             values[":remaining"] = text(repr(job.remaining_credits))
@@ -273,7 +280,7 @@ class JobStore:
             "TableName": self._table,
             "Key": self._key(job.team, job.id),
             "UpdateExpression": f"SET {sets} REMOVE lease, due_at, open_shard",
-            "ConditionExpression": f"{as_seen} AND {same_holder}",
+            "ConditionExpression": f"{as_seen} AND {unchanged}",
             "ExpressionAttributeNames": {"#status": "status"},
             "ExpressionAttributeValues": values,
         }

@@ -74,6 +74,7 @@ def _create(services: Services, caller: Caller, request: Img2ImgRequest, key: st
         max_pixels=services.settings.max_image_pixels,
     )
     now = services.clock()
+    deadline_at = int(now) + services.settings.job_deadline
     job = Job(
         id=new_id(int(now * 1000)),
         team=caller.team,
@@ -84,14 +85,15 @@ def _create(services: Services, caller: Caller, request: Img2ImgRequest, key: st
         metadata=request.metadata,
         backend=BACKEND,
         created_ms=int(now * 1000),
-        due_at=int(now) + RESEND_AFTER,
-        deadline_at=int(now) + services.settings.job_deadline,
+        due_at=min(int(now) + RESEND_AFTER, deadline_at),
+        deadline_at=deadline_at,
     )
     services.storage.put_input(job.team, job.id, png)
     guard = Guard(job.team, key, request.fingerprint) if key else None
     guarded = services.jobs.create(job, guard)
     if guarded:
         # An earlier request crashed between this transaction and the idempotency record's completion.
+        services.storage.delete_input(job.team, job.id)
         if guarded.fingerprint != request.fingerprint:
             raise IdempotencyKeyReused("The Idempotency-Key was used with another payload")
         job = services.jobs.get(job.team, guarded.job_id)

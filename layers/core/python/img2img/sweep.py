@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from aws_lambda_powertools import Logger
+from botocore.exceptions import BotoCoreError, ClientError
+
+from img2img import observe
 from img2img.errors import DeadlineExceeded
 from img2img.jobs import DEADLINE_PASSED, Job, Status, given_up, verdict
 from img2img.submit import RESEND_AFTER
@@ -12,11 +16,31 @@ from img2img.submit import RESEND_AFTER
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
 
+logger = Logger(child=True)
+
 
 def _next_look(job: Job, now: int) -> int:
     """Return when to send a queued job again: ever later, so that a long queue is not filled with repeats."""
     age = now - job.created_ms // 1000
-    return min(now + max(RESEND_AFTER, age), max(job.deadline_at, now + RESEND_AFTER))
+    return min(now + max(RESEND_AFTER, age), job.deadline_at)
+
+
+def _look_after(services: Services, job: Job) -> str | None:
+    """Return what was done: how the job ended, `resent`, or None when it had moved on."""
+    now = int(services.clock())
+    if now >= job.deadline_at:
+        past = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
+        ended = services.jobs.finish(past, error=verdict(past))
+        if ended is None:
+            return None
+        observe.job_ended(logger, ended)
+        return ended.status
+    # A claimed job stays as it is: its lease has run out, and the worker that gets the message claims it.
+    if job.status is Status.QUEUED and not services.jobs.postpone(job, due_at=_next_look(job, now)):
+        return None
+    services.queue.send(job)
+    logger.info("job resent", correlation_id=job.correlation_id, job_id=job.id, team=job.team)
+    return "resent"
 
 
 def sweep(services: Services) -> Counter[str]:
@@ -26,14 +50,12 @@ def sweep(services: Services) -> Counter[str]:
     """
     done: Counter[str] = Counter()
     for job in services.jobs.overdue():
-        now = int(services.clock())
-        if now >= job.deadline_at:
-            past = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
-            ended = services.jobs.finish(past, error=verdict(past))
-            if ended:
-                done[ended.status] += 1
-        # A claimed job stays as it is: its lease has run out, and the worker that gets the message claims it.
-        elif job.status is Status.PROCESSING or services.jobs.postpone(job, due_at=_next_look(job, now)):
-            services.queue.send(job)
-            done["resent"] += 1
+        try:
+            outcome = _look_after(services, job)
+        except (BotoCoreError, ClientError) as error:
+            # One job's trouble keeps no other waiting; the next sweep finds it again.
+            observe.log_unexpected(logger, error)
+            continue
+        if outcome:
+            done[outcome] += 1
     return done
