@@ -213,7 +213,7 @@ def sample_base64() -> str:
     return base64.b64encode((ROOT / "events" / "sample.jpg").read_bytes()).decode()
 
 
-def create_resources() -> None:
+def _create_resources() -> None:
     """Create the tables, buckets, queue and secret in moto, as `template.yaml` has them."""
     dynamodb: Any = boto3.client("dynamodb")
     text = [{"AttributeName": name, "AttributeType": "S"} for name in ("pk", "sk", "open_shard")]
@@ -252,12 +252,17 @@ def _moto() -> MotoAPIBackend:
     return moto_api_backend
 
 
+def fresh_aws() -> None:
+    """Empty moto, and create the resources in it."""
+    _moto().reset()
+    _create_resources()
+
+
 @contextmanager
 def running_system() -> Iterator[System]:
     """Start a deployment in memory, empty."""
-    _moto().reset()
+    fresh_aws()
     with SegmindStandIn(SEGMIND_KEY) as segmind:
-        create_resources()
         os.environ["SEGMIND_BASE_URL"] = segmind.url
         bootstrap.services.cache_clear()
         services = bootstrap.services()

@@ -26,10 +26,10 @@ from img2img.errors import (
     UnsupportedMediaType,
 )
 from img2img.ids import ULID
-from img2img.jobs import Job, OutputStatus, Status
+from img2img.jobs import Job, OutputStatus
 from img2img.listing import parse_filter
 from img2img.params import Img2ImgRequest, parse_request
-from img2img.submit import Caller, Submission, submit, watch
+from img2img.submit import Caller, Submission, pictures, submit, watch
 
 logger = Logger()
 metrics = Metrics()
@@ -65,7 +65,7 @@ def _caller(use: Services) -> Caller:
 
 def _base_url() -> str:
     event = app.current_event
-    # With a custom domain the mapping takes the stage's place: both stand in front of `path` here.
+    # What stands in front of the route: the stage, or a custom domain's mapping.
     prefix = event.request_context.path.removesuffix(event.path)
     return f"{_header('x-forwarded-proto') or 'https'}://{_header('host')}{prefix}"
 
@@ -191,26 +191,23 @@ def _created(use: Services, request: Img2ImgRequest, submission: Submission, job
     headers["x-generation-time"] = f"{job.generation_seconds:.3f}"
     if job.remaining_credits is not None:
         headers["x-remaining-credits"] = f"{job.remaining_credits:.12g}"
-    pictures = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
+    shown = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
     first_accepted = re.split("[,;]", _header("accept").lower())[0].strip()
-    if job.status is Status.SUCCEEDED and first_accepted in BINARY_TYPES:
-        _refuse_too_large(pictures[0].bytes)
-        headers["Content-Location"] = headers["Location"]
-        data = use.storage.get_output(pictures[0])
-        return _answer(200, data, content_type=pictures[0].content_type, headers=headers)
+    wants_bytes = bool(shown) and first_accepted in BINARY_TYPES
     document = present.job_document(use, job, base_url)
-    if job.status is Status.SUCCEEDED and request.base64:
-        _refuse_too_large(sum(output.bytes for output in pictures))
-        encoded = [base64.b64encode(use.storage.get_output(output)).decode() for output in pictures]
-        document["image"] = encoded[0] if len(encoded) == 1 else encoded
+    if wants_bytes or (shown and request.base64):
+        wanted = shown[:1] if wants_bytes else shown
+        if sum(output.bytes for output in wanted) * 4 / 3 > MAX_ANSWER:
+            too_large = AnswerTooLarge("The pictures do not fit into one answer; read them from their URLs")
+            return _problem(too_large, headers, job_id=job.id)
+        data = pictures(use, wanted)
+        if data and wants_bytes:
+            headers["Content-Location"] = headers["Location"]
+            return _answer(200, data[0], content_type=shown[0].content_type, headers=headers)
+        if data:
+            encoded = [base64.b64encode(picture).decode() for picture in data]
+            document["image"] = encoded[0] if len(encoded) == 1 else encoded
     return _answer(200, document, headers=headers)
-
-
-def _refuse_too_large(size: int) -> None:
-    if size * 4 / 3 > MAX_ANSWER:
-        raise AnswerTooLarge(
-            "The job succeeded, but its pictures do not fit into one answer; read them from their URLs"
-        )
 
 
 @app.post("/uploads")
@@ -231,9 +228,7 @@ def list_jobs() -> Response[Any]:
     """List the team's jobs, newest first."""
     use = services()
     page = use.jobs.list(_caller(use).team, parse_filter(app.current_event.query_string_parameters))
-    base_url = _base_url()
-    jobs = [present.job_document(use, job, base_url) for job in page.jobs]
-    return _answer(200, {"jobs": jobs, "cursor": page.cursor})
+    return _answer(200, present.page_document(use, page, _base_url()))
 
 
 @app.get("/jobs/<job_id>")
@@ -283,11 +278,17 @@ def health() -> Response[Any]:
     return _answer(200, {"status": "ok"})
 
 
+def _route(event: dict[str, Any]) -> str:
+    """Return the path without the base path of a custom domain's mapping, which `path` contains."""
+    parameters = event.get("pathParameters") or {}
+    return re.sub(r"\{(\w+)\}", lambda name: parameters[name[1]], event["resource"])
+
+
 @logger.inject_lambda_context(correlation_id_path=correlation_paths.API_GATEWAY_REST, clear_state=True)
 @observe.flushed(metrics)
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Answer one REST proxy event."""
-    answer = app.resolve(event, context)
+    answer = app.resolve({**event, "path": _route(event)}, context)
     answer["multiValueHeaders"] |= {
         "Access-Control-Allow-Origin": [services().settings.cors_origin],
         "Access-Control-Expose-Headers": [EXPOSED_HEADERS],

@@ -19,11 +19,13 @@ metrics = Metrics()
 @logger.inject_lambda_context(correlation_id_path="id", clear_state=True)
 @observe.flushed(metrics)
 def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, int]:
-    """Sweep once; the event says nothing that matters."""
+    """Sweep once. Raises when a job had to be skipped, so that the alarm on errors sees it."""
     done = sweep(services())
     if done:
         logger.info("swept", failed=done["failed"], succeeded=done["succeeded"], resent=done["resent"])
         metrics.add_metadata("correlation_id", event["id"])
         metrics.add_metric("JobsSucceeded", MetricUnit.Count, done["succeeded"])
         metrics.add_metric("JobsFailed", MetricUnit.Count, done["failed"])
+    if done["skipped"]:
+        raise RuntimeError(f"{done['skipped']} jobs were skipped")
     return dict(done)

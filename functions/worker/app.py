@@ -17,8 +17,11 @@ from img2img.run import Run, run_job
 logger = Logger()
 metrics = Metrics()
 
-# After an error that nothing foresaw: short, for a waiting caller; the job's lease still keeps others off.
-RETRY_AFTER_CRASH = 5
+
+def _after_trouble(record: dict[str, Any]) -> int:
+    """Return the seconds until the next try: short at first, for a waiting caller, then longer, for AWS to recover."""
+    receives = int(record["attributes"].get("ApproximateReceiveCount", 1))
+    return int(min(5 * 4 ** (receives - 1), 900))
 
 
 def _measure(run: Run) -> None:
@@ -43,7 +46,7 @@ def _measure_end(job: Job) -> None:
 def _run(record: dict[str, Any]) -> bool:
     """Run the job of one record. Returns whether the message is done with."""
     use = services()
-    retry_after: int | None = RETRY_AFTER_CRASH
+    retry_after: int | None = _after_trouble(record)
     logger.append_keys(correlation_id=record["messageId"])
     try:
         message = JobMessage.from_json(record["body"])

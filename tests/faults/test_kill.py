@@ -205,7 +205,7 @@ def test_a_sample_that_always_kills_its_worker_is_shown_as_failed_beside_the_one
 def test_a_job_that_nobody_can_finish_fails_at_its_deadline(deployment, call, moment):
     job_id = _one_sample(deployment)
     deadline = int(deployment.item(job_id)["deadline_at"]["N"])
-    while deployment.system.clock() < deadline:
+    while deployment.system.clock() < deadline + LEASE:
         deployment.kill_worker(call, moment)
         deployment.system.clock.advance(LEASE + 1)
     assert deployment.system.sweep() == {"failed": 1}

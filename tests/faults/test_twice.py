@@ -83,7 +83,7 @@ def test_a_worker_that_outlives_its_lease_changes_nothing_of_what_the_next_one_h
 
     def take_over() -> None:
         deployment.system.clock.advance(LEASE + 1)
-        taken_over.append(deployment.system.services.jobs.claim("default", job_id, lease_seconds=LEASE))
+        taken_over.append(deployment.system.services.jobs.claim("default", job_id, lease_seconds=LEASE)[1])
 
     _run_while(deployment, take_over, ("POST 0", AFTER))
     item = deployment.item(job_id)

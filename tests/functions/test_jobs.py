@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from img2img.listing import JobFilter
-from tests.system import ROOT, rest_event
+from tests.system import ROOT, Context, function, rest_event
 
 
 def fetch(system, url: str) -> bytes:
@@ -179,6 +180,7 @@ def test_pictures_too_large_for_one_answer_are_left_to_their_urls(system):
         answer = system.create(headers={"Idempotency-Key": "the-key", **extra.pop("headers", {})}, wait=5, **extra)
         assert (answer.status, answer.json["code"]) == (413, "answer_too_large")
         assert "URL" in answer.json["detail"]
+        assert answer.headers["location"].endswith(answer.json["job_id"])
 
 
 @pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
@@ -322,14 +324,26 @@ def test_health_needs_no_settings_but_its_own(system):
     assert system.api("GET", "/health").json == {"status": "ok"}
 
 
-def test_a_custom_domain_shows_in_the_urls(system):
-    event = rest_event("GET", "/jobs")
+def test_a_custom_domains_base_path_is_part_of_the_urls_and_not_of_the_route(system):
     job_id = system.create().json["id"]
-    event = rest_event("GET", f"/jobs/{job_id}")
+    # With a mapping, both paths contain it.
+    event = rest_event("GET", f"/images/jobs/{job_id}") | {
+        "resource": "/jobs/{id}",
+        "pathParameters": {"id": job_id},
+    }
     event["requestContext"]["path"] = f"/images/jobs/{job_id}"
     event["multiValueHeaders"]["Host"] = ["api.team.example"]
-    from functions.api import app
-    from tests.system import Context
-
-    document = json.loads(app.handler(event, Context())["body"])
+    document = json.loads(function("api").handler(event, Context())["body"])
     assert document["urls"]["get"] == f"https://api.team.example/images/jobs/{job_id}"
+
+
+@pytest.mark.parametrize("limit", ["0", "101", "-1", "1.5", "x", "", "0000000011000", "٣"])
+def test_a_limit_out_of_range(system, limit):
+    answer = system.api("GET", "/jobs", query={"limit": limit})
+    assert (answer.status, answer.json["errors"][0]["field"]) == (400, "limit")
+
+
+def test_an_inline_image_has_the_limit_of_an_upload(system):
+    system.services.settings = dataclasses.replace(system.services.settings, max_image_bytes=10_000)
+    answer = system.create()
+    assert (answer.status, answer.json["errors"][0]["field"]) == (413, "image")

@@ -12,7 +12,6 @@ import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError
-from moto import mock_aws
 
 from img2img.errors import BackendFailed, DeadlineExceeded, NotFound
 from img2img.ids import new_id
@@ -20,7 +19,7 @@ from img2img.jobs import NEXT, Job, Output, OutputStatus, Status
 from img2img.listing import JobFilter
 from img2img.params import Img2ImgParams
 from img2img.store import GUARD_TTL, Guard, Guarded, JobStore
-from tests.system import create_resources
+from tests.system import fresh_aws
 
 START = 1_790_000_000
 LEASE = 130
@@ -72,9 +71,10 @@ class Table:
         return Job(**{**fields, **others})
 
     def claim(self, job: Job) -> Job:
-        claimed = self.store.claim(job.team, job.id, lease_seconds=LEASE)
-        assert claimed is not None
-        return claimed
+        claimed, now = self.store.claim(job.team, job.id, lease_seconds=LEASE)
+        assert claimed
+        assert now is not None
+        return now
 
     def now(self, job: Job) -> Job:
         return self.store.get(job.team, job.id)
@@ -127,10 +127,9 @@ _ERRORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    with mock_aws():
-        create_resources()
-        yield boto3.client("dynamodb")
+def client() -> Any:
+    fresh_aws()
+    return boto3.client("dynamodb")
 
 
 @pytest.fixture
@@ -195,7 +194,7 @@ def test_another_teams_job_does_not_exist(table):
     for call in (table.store.get, table.store.cancel):
         with pytest.raises(NotFound):
             call("other", made.id)
-    assert table.store.claim("other", made.id, lease_seconds=LEASE) is None
+    assert table.store.claim("other", made.id, lease_seconds=LEASE) == (False, None)
     table.store.delete("other", made.id)
     assert table.now(made) == made
 
@@ -214,12 +213,12 @@ def test_an_expired_job_is_gone_before_the_table_deletes_it(table):
 
 
 def claim(table: Table, job: Job) -> object:
-    return table.store.claim(job.team, job.id, lease_seconds=LEASE)
+    return table.store.claim(job.team, job.id, lease_seconds=LEASE)[0] or None
 
 
 def claim_after_the_lease(table: Table, job: Job) -> object:
     table.clock.now += LEASE
-    return table.store.claim(job.team, job.id, lease_seconds=LEASE)
+    return table.store.claim(job.team, job.id, lease_seconds=LEASE)[0] or None
 
 
 def release(table: Table, job: Job) -> object:
@@ -580,15 +579,16 @@ class Anyone:
     def claim(self) -> None:
         was, now = self.job, int(self.table.clock.now)
         free = was.status is Status.QUEUED or (was.status is Status.PROCESSING and (was.due_at or 0) <= now)
-        claimed = self.table.store.claim(was.team, was.id, lease_seconds=LEASE)
-        assert (claimed is not None) == free
+        claimed, now_is = self.table.store.claim(was.team, was.id, lease_seconds=LEASE)
+        assert claimed == free
         if claimed:
-            assert claimed.lease not in (None, was.lease)
+            assert now_is is not None
+            assert now_is.lease not in (None, was.lease)
             self.becomes(
                 Status.PROCESSING,
                 due_at=now + LEASE,
                 attempts=was.attempts + 1,
-                lease=claimed.lease,
+                lease=now_is.lease,
                 started_ms=was.started_ms or now * 1000,
             )
 
@@ -620,7 +620,7 @@ class Anyone:
         found = self.table.store.cancel(self.job.team, self.job.id)
         if not self.job.status.is_terminal:
             completed_ms = int(self.table.clock.now * 1000)
-            self.becomes(Status.CANCELED, due_at=None, lease=None, completed_ms=completed_ms)
+            self.becomes(Status.CANCELED, due_at=None, lease=None, completed_ms=completed_ms, outputs=())
         assert found == self.job
 
     def postpone(self) -> None:

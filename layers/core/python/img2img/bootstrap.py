@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from img2img.fetch import Fetcher
 
 # A hung AWS call must leave time to answer: API Gateway waits 29 s in all.
-_CONFIG = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 4})
+_CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
 # By default boto3 presigns with SigV2 for the global host in older regions, which new buckets refuse.
 _S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
 

@@ -5,6 +5,7 @@ ServiceError                        code                    HTTP  retryable
 │   └── ImageUnreachable            image_unreachable        400
 ├── NotFound                        not_found                404
 ├── IdempotencyInFlight             idempotency_in_flight    409
+├── Gone                            gone                     410
 ├── TooLarge                        too_large                413
 │   └── AnswerTooLarge              answer_too_large         413
 ├── UnsupportedMediaType            unsupported_media_type   415
@@ -82,6 +83,10 @@ class NotFound(ServiceError):
 
 class IdempotencyInFlight(ServiceError):
     code, status, title = "idempotency_in_flight", 409, "A request with this Idempotency-Key is in flight"
+
+
+class Gone(ServiceError):
+    code, status, title = "gone", 410, "Gone"
 
 
 class TooLarge(ServiceError):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from img2img.jobs import Job, Output, OutputStatus
+from img2img.store import Page
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
+
+
+MAX_PAGE_BYTES = 4_000_000
 
 
 def _time(ms: float | None) -> str | None:
@@ -63,6 +68,19 @@ def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
         "metadata": dict(job.metadata),
         "urls": {"get": url, "cancel": f"{url}/cancel"},
     }
+
+
+def page_document(services: Services, page: Page, base_url: str) -> dict[str, Any]:
+    """Return one page of a list; what would not fit into Lambda's answer of 6 MB is left to the next page."""
+    shown: list[dict[str, Any]] = []
+    size = 0
+    for job in page.jobs:
+        document = job_document(services, job, base_url)
+        size += len(json.dumps(document))
+        if shown and size > MAX_PAGE_BYTES:
+            return {"jobs": shown, "cursor": shown[-1]["id"]}
+        shown.append(document)
+    return {"jobs": shown, "cursor": page.cursor}
 
 
 def job_url(base_url: str, job_id: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -46,9 +47,16 @@ MAX_ATTEMPTS = 3
 
 
 class _StorageTrouble(InternalError):
-    """AWS refused for now; the picture of this sample is lost, but the job is not."""
+    """S3 took no picture for now: another attempt pays for it once more."""
 
     retryable = True
+
+
+def _not_stored(error: BotoCoreError | ClientError) -> JobError:
+    """Return what became of a picture that S3 did not take. A refusal would come again, and cost the picture again."""
+    status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 503
+    kind = _StorageTrouble if status == 429 or status >= 500 else InternalError
+    return kind("The output could not be stored")
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def _generate(services: Services, backend: Backend, job: Job, image: bytes, inde
         sample.error = error
     except (BotoCoreError, ClientError) as error:
         logger.warning("output not stored", error=type(error).__name__, index=index)
-        sample.error = _StorageTrouble("The output could not be stored")
+        sample.error = _not_stored(error)
     return sample
 
 
@@ -117,9 +125,21 @@ def run_job(services: Services, team: str, job_id: str) -> Run:
 
     A second delivery of the same message finds the job claimed or ended and changes nothing.
     """
-    job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
-    if job is None:
+    claimed, job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
+    if job is None or not claimed:
+        _tidy(services, team, job_id, job)
         return Run()
+    try:
+        return _run_claimed(services, job)
+    except (BotoCoreError, ClientError):
+        # Otherwise the next delivery would wait for the lease to run out.
+        due_at = min(int(services.clock()) + RESEND_AFTER, job.deadline_at)
+        with suppress(BotoCoreError, ClientError):
+            services.jobs.release(job, due_at=due_at, counts=True)
+        raise
+
+
+def _run_claimed(services: Services, job: Job) -> Run:
     if job.attempts > 1:
         # An earlier attempt may have crashed with pictures already paid for and stored.
         job = with_outputs(job, services.storage.stored_outputs(job))
@@ -168,15 +188,21 @@ def _finish(services: Services, job: Job) -> Run:
 
 
 def _discard(services: Services, job: Job) -> Run:
-    """Remove what was generated for a job that was canceled or deleted meanwhile.
+    """Leave a job that moved on while it was run."""
+    logger.info("job moved on while it was run")
+    now: Job | None
+    try:
+        now = services.jobs.get(job.team, job.id)
+    except NotFound:
+        now = None
+    _tidy(services, job.team, job.id, now)
+    return Run(remaining_credits=job.remaining_credits)
+
+
+def _tidy(services: Services, team: str, job_id: str, now: Job | None) -> None:
+    """Remove what was generated for a job that was canceled or deleted meanwhile, by a worker that may have crashed.
 
     When another worker took the job over, the objects are that worker's as well and stay.
     """
-    try:
-        wanted = services.jobs.get(job.team, job.id).status is not Status.CANCELED
-    except NotFound:
-        wanted = False
-    logger.info("job moved on while it was run", outputs_kept=wanted)
-    if not wanted:
-        services.storage.delete_outputs(job.team, job.id)
-    return Run(remaining_credits=job.remaining_credits)
+    if now is None or now.status is Status.CANCELED:
+        services.storage.delete_outputs(team, job_id)

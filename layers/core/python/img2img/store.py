@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from aws_lambda_powertools import Logger
 from botocore.exceptions import ClientError
 
 from img2img.dynamo import Item, cancellations, error_code, number, outputs_json, text, through_conflicts, to_job
@@ -17,6 +18,8 @@ from img2img.listing import JobFilter
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
+
+logger = Logger(child=True)
 
 # Spreads the sparse index `open` over partitions: one would bound all writes to 1,000 a second.
 OPEN_SHARDS = 4
@@ -192,30 +195,33 @@ class JobStore:
             return False, to_job(held) if held else None
         return True, to_job(answer["Attributes"])
 
-    def claim(self, team: str, job_id: str, *, lease_seconds: int) -> Job | None:
-        """Take the job for one worker. Returns None when it is finished, gone or another worker's."""
+    def claim(self, team: str, job_id: str, *, lease_seconds: int) -> tuple[bool, Job | None]:
+        """Take the job for one worker.
+
+        Returns whether it was taken, and the job as it is now: ended, another worker's, or None when it is gone.
+        """
         now = int(self._clock())
+        lease = new_id(now * 1000)
         waiting = "#status = :queued"
         lease_ran_out = "(#status = :processing AND due_at <= :now)"
-        # boto3 repeats a call whose answer was lost: then the claim is ours already.
-        answer_lost = "lease = :lease"
         claimed, job = self._update(
             team,
             job_id,
             "SET #status = :processing, lease = :lease, due_at = :due, "
             "started_ms = if_not_exists(started_ms, :now_ms) ADD attempts :one",
-            f"{waiting} OR {lease_ran_out} OR {answer_lost}",
+            f"{waiting} OR {lease_ran_out}",
             {
                 ":queued": text(Status.QUEUED),
                 ":processing": text(Status.PROCESSING),
-                ":lease": text(new_id(now * 1000)),
+                ":lease": text(lease),
                 ":due": number(now + lease_seconds),
                 ":now_ms": number(int(self._clock() * 1000)),
                 ":now": number(now),
                 ":one": number(1),
             },
         )
-        return job if claimed else None
+        # boto3 repeats a call whose answer was lost: then the claim is ours already.
+        return claimed or (job is not None and job.lease == lease), job
 
     def release(self, job: Job, *, due_at: int, counts: bool) -> bool:
         """Give a claimed job back to the queue, keeping the samples that ended.
@@ -223,7 +229,7 @@ class JobStore:
         `counts` is False for a wait that was no attempt. Returns False when the job is no longer this worker's.
         """
         still_ours = "lease = :lease"
-        released, _ = self._update(
+        released, held = self._update(
             job.team,
             job.id,
             "SET #status = :queued, due_at = :due, outputs = :outputs REMOVE lease ADD attempts :uncounted",
@@ -236,7 +242,8 @@ class JobStore:
                 ":lease": text(job.lease or ""),
             },
         )
-        return released
+        # As with the claim, an answer may have been lost.
+        return released or (held is not None and held.status is Status.QUEUED and held.due_at == due_at)
 
     def finish(self, job: Job, *, error: JobError | None) -> Job | None:
         """End a job that the caller holds as claimed or, for `sweep`, as last seen.
@@ -293,12 +300,12 @@ class JobStore:
         return ended
 
     def cancel(self, team: str, job_id: str) -> Job:
-        """Cancel an unfinished job; a finished one stays as it is. Raises `NotFound`."""
+        """Cancel an unfinished job and forget its outputs; a finished one stays as it is. Raises `NotFound`."""
         cancelable = [f":from{number}" for number, _ in enumerate(before(Status.CANCELED))]
         _, job = self._update(
             team,
             job_id,
-            "SET #status = :canceled, completed_ms = :now REMOVE lease, due_at, open_shard",
+            "SET #status = :canceled, completed_ms = :now REMOVE lease, due_at, open_shard, outputs",
             f"#status IN ({', '.join(cancelable)})",
             {
                 ":canceled": text(Status.CANCELED),
@@ -324,7 +331,14 @@ class JobStore:
                 ExpressionAttributeValues={":shard": text(f"OPEN#{shard}"), ":now": number(int(self._clock()))},
             )
             for page in pages:
-                yield from map(to_job, page["Items"])
+                for item in page["Items"]:
+                    try:
+                        job = to_job(item)
+                    except (KeyError, TypeError, ValueError):
+                        # Written by a newer version that was rolled back, say. It must not hide the jobs behind it.
+                        logger.error("unreadable job", key=item["sk"])
+                        continue
+                    yield job
 
     def postpone(self, job: Job, *, due_at: int) -> bool:
         """Set when `sweep` looks at a queued job again.

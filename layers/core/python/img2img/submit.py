@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,9 +10,9 @@ from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
-from img2img.errors import IdempotencyInFlight, IdempotencyKeyReused, InvalidRequest
+from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, InvalidRequest, NotFound, TooLarge
 from img2img.ids import new_id
-from img2img.jobs import Job, Status
+from img2img.jobs import Job, Output, Status
 from img2img.params import ImageUrl, Img2ImgRequest, InlineImage
 from img2img.store import GUARD_TTL, Guard
 
@@ -53,6 +54,8 @@ class Submission:
 
 def _image_bytes(services: Services, team: str, request: Img2ImgRequest) -> bytes:
     if isinstance(request.image, InlineImage):
+        if len(request.image.data) > services.settings.max_image_bytes:
+            raise TooLarge.of_field("image", f"must have at most {services.settings.max_image_bytes} bytes")
         return request.image.data
     if isinstance(request.image, ImageUrl):
         return services.fetcher.fetch(request.image.url)
@@ -96,7 +99,7 @@ def _create(services: Services, caller: Caller, request: Img2ImgRequest, key: st
         services.storage.delete_input(job.team, job.id)
         if guarded.fingerprint != request.fingerprint:
             raise IdempotencyKeyReused("The Idempotency-Key was used with another payload")
-        job = services.jobs.get(job.team, guarded.job_id)
+        job = _earlier_job(services, job.team, guarded.job_id)
     if not job.status.is_terminal:
         try:
             services.queue.send(job)
@@ -155,7 +158,14 @@ def _submit_once(services: Services, caller: Caller, request: Img2ImgRequest, ke
         raise IdempotencyKeyReused("The Idempotency-Key was used with another payload") from None
     if created:
         return created[0]
-    return Submission(services.jobs.get(caller.team, record["job_id"]), replayed=True)
+    return Submission(_earlier_job(services, caller.team, record["job_id"]), replayed=True)
+
+
+def _earlier_job(services: Services, team: str, job_id: str) -> Job:
+    try:
+        return services.jobs.get(team, job_id)
+    except NotFound:
+        raise Gone("The job that this Idempotency-Key created was deleted") from None
 
 
 def watch(services: Services, job: Job, seconds: float) -> Job:
@@ -168,5 +178,18 @@ def watch(services: Services, job: Job, seconds: float) -> Job:
     while not job.status.is_terminal and (left := until - services.clock()) > 0:
         services.sleep(min(pause, left))
         pause = min(pause * 1.25, 1.0)
-        job = services.jobs.get(job.team, job.id)
+        try:
+            job = services.jobs.get(job.team, job.id)
+        except (BotoCoreError, ClientError) as error:
+            # The job exists: an error now would make a caller without an idempotency key create, and pay, another.
+            logger.warning("job not read", error=type(error).__name__, job_id=job.id)
     return job
+
+
+def pictures(services: Services, outputs: Sequence[Output]) -> list[bytes] | None:
+    """Return the outputs' bytes, or None when S3 does not give them now: their URLs remain."""
+    try:
+        return [services.storage.get_output(output) for output in outputs]
+    except (BotoCoreError, ClientError) as error:
+        logger.warning("output not read", error=type(error).__name__)
+        return None

@@ -22,23 +22,26 @@ logger = Logger(child=True)
 def _next_look(job: Job, now: int) -> int:
     """Return when to send a queued job again: ever later, so that a long queue is not filled with repeats."""
     age = now - job.created_ms // 1000
-    return min(now + max(RESEND_AFTER, age), job.deadline_at)
+    return min(now + max(RESEND_AFTER, age), max(job.deadline_at, now + 1))
 
 
 def _look_after(services: Services, job: Job) -> str | None:
     """Return what was done: how the job ended, `resent`, or None when it had moved on."""
     now = int(services.clock())
-    if now >= job.deadline_at:
+    # An attempt may have stored pictures before it crashed: a worker finds them, and ends the job with them.
+    grace = services.settings.lease_seconds if job.attempts else 0
+    if now >= job.deadline_at + grace:
         past = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
         ended = services.jobs.finish(past, error=verdict(past))
         if ended is None:
             return None
         observe.job_ended(logger, ended)
         return ended.status
-    # A claimed job stays as it is: its lease has run out, and the worker that gets the message claims it.
-    if job.status is Status.QUEUED and not services.jobs.postpone(job, due_at=_next_look(job, now)):
-        return None
+    # First sent, then postponed: a message too many does no harm, a lost one would.
     services.queue.send(job)
+    # A claimed job stays as it is: its lease has run out, and the worker that gets the message claims it.
+    if job.status is Status.QUEUED:
+        services.jobs.postpone(job, due_at=_next_look(job, now))
     logger.info("job resent", correlation_id=job.correlation_id, job_id=job.id, team=job.team)
     return "resent"
 
@@ -46,7 +49,8 @@ def _look_after(services: Services, job: Job) -> str | None:
 def sweep(services: Services) -> Counter[str]:
     """Fail what is past its deadline and send again what was forgotten or whose worker died.
 
-    Returns how many jobs `failed`, `succeeded` in part, and were `resent`. Two sweeps at once do no harm.
+    Returns how many jobs `failed`, `succeeded` in part, were `resent`, or `skipped` for trouble with AWS. Two sweeps at
+    once do no harm.
     """
     done: Counter[str] = Counter()
     for job in services.jobs.overdue():
@@ -55,7 +59,7 @@ def sweep(services: Services) -> Counter[str]:
         except (BotoCoreError, ClientError) as error:
             # One job's trouble keeps no other waiting; the next sweep finds it again.
             observe.log_unexpected(logger, error)
-            continue
+            outcome = "skipped"
         if outcome:
             done[outcome] += 1
     return done
