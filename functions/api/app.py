@@ -81,9 +81,9 @@ def _content_type() -> str:
     return _header("content-type").partition(";")[0].strip().lower()
 
 
-def _json_body() -> Any:
+def _json_body(accepted: str = "application/json") -> Any:
     if _content_type() not in ("application/json", ""):
-        raise UnsupportedMediaType.of_field("Content-Type", "must be application/json")
+        raise UnsupportedMediaType.of_field("Content-Type", f"must be {accepted}")
     try:
         return json.loads(_body())
     except (ValueError, RecursionError):
@@ -194,19 +194,20 @@ def _created(use: Services, request: Img2ImgRequest, submission: Submission, job
     shown = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
     first_accepted = re.split("[,;]", _header("accept").lower())[0].strip()
     wants_bytes = bool(shown) and first_accepted in BINARY_TYPES
-    document = present.job_document(use, job, base_url)
+    data: list[bytes] | None = None
     if wants_bytes or (shown and request.base64):
         wanted = shown[:1] if wants_bytes else shown
         if sum(output.bytes for output in wanted) * 4 / 3 > MAX_ANSWER:
             too_large = AnswerTooLarge("The pictures do not fit into one answer; read them from their URLs")
             return _problem(too_large, headers, job_id=job.id)
         data = pictures(use, wanted)
-        if data and wants_bytes:
-            headers["Content-Location"] = headers["Location"]
-            return _answer(200, data[0], content_type=shown[0].content_type, headers=headers)
-        if data:
-            encoded = [base64.b64encode(picture).decode() for picture in data]
-            document["image"] = encoded[0] if len(encoded) == 1 else encoded
+    if data and wants_bytes:
+        headers["Content-Location"] = headers["Location"]
+        return _answer(200, data[0], content_type=shown[0].content_type, headers=headers)
+    document = present.job_document(use, job, base_url)
+    if data:
+        encoded = [base64.b64encode(picture).decode() for picture in data]
+        document["image"] = encoded[0] if len(encoded) == 1 else encoded
     return _answer(200, document, headers=headers)
 
 
@@ -220,7 +221,9 @@ def upload() -> Response[Any]:
         stored = uploads.store(use, team, _body())
         image = {"content_type": stored.image.content_type, "width": stored.image.width, "height": stored.image.height}
         return _answer(201, {"id": stored.id, **image, "bytes": stored.bytes})
-    return _answer(201, uploads.announce(use, team, _json_body()))
+    return _answer(
+        201, uploads.announce(use, team, _json_body("application/json, image/* or application/octet-stream"))
+    )
 
 
 @app.get("/jobs")
