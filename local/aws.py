@@ -99,9 +99,11 @@ def provision(aws: Aws, blueprint: Blueprint) -> tuple[dict[str, str], Json]:
     stand_ins = _create_secrets(aws, blueprint)
     outputs: dict[str, Any] = {}
     parts = _swap_intrinsics(blueprint.parts, outputs)
+    # What CloudFormation does not make here can be referred to all the same: a `Ref` finds a parameter.
+    made_here = {name: {"Type": "String", "Default": arn} for name, arn in stand_ins.items()}
     template = {
         **blueprint.stack,
-        "Parameters": {**blueprint.stack.get("Parameters", {}), **_as_parameters(blueprint, stand_ins)},
+        "Parameters": {**blueprint.stack.get("Parameters", {}), **made_here},
         "Outputs": {name: {"Value": value} for name, value in outputs.items()},
     }
     cloudformation = aws.client("cloudformation")
@@ -129,11 +131,6 @@ def _create_secrets(aws: Aws, blueprint: Blueprint) -> dict[str, str]:
             SecretString=value if isinstance(value, str) else secrets.token_urlsafe(32),
         )["ARN"]
     return arns
-
-
-def _as_parameters(blueprint: Blueprint, stand_ins: Mapping[str, str]) -> Json:
-    """Let what CloudFormation does not make here be referred to all the same: a `Ref` finds a parameter."""
-    return {name: {"Type": "String", "Default": arn} for name, arn in stand_ins.items()}
 
 
 def _swap_intrinsics(value: Any, outputs: dict[str, Any]) -> Any:

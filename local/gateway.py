@@ -12,12 +12,11 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from local.http_server import Handler, LoopbackServer
-from local.lambda_runtime import RequestTooLarge, Result
+from local.lambda_runtime import Invoke, RequestTooLarge, Result
 from local.rest_api import Answer, MalformedAnswer, Request, RestApi, Route
 from local.template import ApiSpec
 
 MAX_BODY = 10 * 2**20
-Invoke = Callable[[str, bytes], Result]
 _log = logging.getLogger(__name__)
 
 
@@ -134,8 +133,10 @@ class _GatewayHandler(Handler):
         request.body = body
         try:
             answer = self.gateway.answer(request)
-        except Exception:  # noqa: BLE001 (a fault of the gateway is its answer too)
-            _log.exception("the gateway failed at %s %s", request.method, urlsplit(request.target).path)
+        except Exception as error:  # noqa: BLE001 (a fault of the gateway is its answer too)
+            # Its type alone: the message may quote the request.
+            path = urlsplit(request.target).path
+            _log.error("the gateway failed at %s %s: %s", request.method, path, type(error).__name__)
             answer = self.gateway.api.own_answer("DEFAULT_5XX", request)
         self.gateway.note(request, answer, time.monotonic() - started)
         self.reply(answer.status, answer.headers, answer.body)

@@ -35,6 +35,10 @@ class Result:
         return json.loads(self.payload)
 
 
+# Runs the function of a name with a payload.
+Invoke = Callable[[str, bytes], Result]
+
+
 class RequestTooLarge(Exception):
     """The event is larger than Lambda takes."""
 

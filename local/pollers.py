@@ -6,17 +6,15 @@ import json
 import logging
 import threading
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from local.lambda_runtime import RequestTooLarge, Result
+from local.lambda_runtime import Invoke, RequestTooLarge, Result
 from local.template import ACCOUNT, REGION, Json, QueueMapping, Schedule
 
-Invoke = Callable[[str, bytes], Result]
 _LONG_POLL_SECONDS = 20
 _log = logging.getLogger(__name__)
 

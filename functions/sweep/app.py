@@ -22,7 +22,7 @@ def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, int]:
     """Sweep once. Raises when a job had to be skipped, so that the alarm on errors sees it."""
     done = sweep(services())
     if done:
-        logger.info("swept", failed=done["failed"], succeeded=done["succeeded"], resent=done["resent"])
+        logger.info("swept", extra={name: done[name] for name in ("failed", "succeeded", "resent", "skipped")})
         metrics.add_metadata("correlation_id", event["id"])
         metrics.add_metric("JobsSucceeded", MetricUnit.Count, done["succeeded"])
         metrics.add_metric("JobsFailed", MetricUnit.Count, done["failed"])

@@ -10,7 +10,7 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import EndpointConnectionError
 
-from tests.system import Context, rest_event
+from tests.system import Context, function, rest_event
 
 
 @pytest.fixture
@@ -144,12 +144,10 @@ def test_a_list_too_long_for_one_answer_goes_on_with_its_cursor(system):
     # Six bytes a character in JSON: 120 KB a job, 12 MB for all.
     ids = [system.create(prompt="é" * 10_000, negative_prompt="ü" * 10_000).json["id"] for _ in range(50)]
     event = rest_event("GET", "/jobs", query={"limit": "100"})
-    from functions.api import app
-
     seen: list[str] = []
     pages = 0
     while True:
-        answer = app.handler(event, Context())
+        answer = function("api").handler(event, Context())
         assert len(json.dumps(answer)) < 6_000_000
         page = json.loads(answer["body"])
         seen += [job["id"] for job in page["jobs"]]
@@ -159,3 +157,13 @@ def test_a_list_too_long_for_one_answer_goes_on_with_its_cursor(system):
         event = rest_event("GET", "/jobs", query={"limit": "100", "cursor": page["cursor"]})
     assert seen == ids[::-1]
     assert pages > 1
+
+
+def test_a_list_is_measured_as_lambda_sends_it(system):
+    # A quote is two bytes in the body, and four in the function's own JSON around it.
+    ids = [system.create(prompt='"' * 10_000, negative_prompt='"' * 10_000).json["id"] for _ in range(70)]
+    answer = function("api").handler(rest_event("GET", "/jobs", query={"limit": "100"}), Context())
+    assert len(json.dumps(answer)) < 6_000_000
+    page = json.loads(answer["body"])
+    assert page["cursor"] == page["jobs"][-1]["id"]
+    assert [job["id"] for job in page["jobs"]] == ids[::-1][: len(page["jobs"])]

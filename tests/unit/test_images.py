@@ -678,8 +678,8 @@ def test_threads_do_not_disturb_each_other() -> None:
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP"])
 def test_output_is_examined(name: str) -> None:
     kind = f"image/{name.lower()}"
-    assert images.examine(encode(quadrants(), name)) == images.Output(kind, 96, 64, black=False)
-    assert images.examine(encode(Image.new("RGB", (96, 64)), name)) == images.Output(kind, 96, 64, black=True)
+    assert images.examine(encode(quadrants(), name)) == images.Picture(kind, 96, 64, black=False)
+    assert images.examine(encode(Image.new("RGB", (96, 64)), name)) == images.Picture(kind, 96, 64, black=True)
     assert kind in images.EXTENSIONS
 
 

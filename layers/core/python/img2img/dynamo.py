@@ -68,6 +68,22 @@ def outputs_json(outputs: tuple[Output, ...]) -> dict[str, str]:
     return text(json.dumps([asdict(output) for output in outputs]))
 
 
+def new_job(job: Job) -> dict[str, Any]:
+    """Return the attributes of a job that was just made; `to_job` reads them."""
+    return {
+        "key_id": text(job.key_id),
+        "correlation_id": text(job.correlation_id),
+        "status": text(job.status),
+        "params": text(json.dumps(job.params.as_dict())),
+        "metadata": text(json.dumps(dict(job.metadata))),
+        "backend": text(job.backend),
+        "created_ms": number(job.created_ms),
+        "deadline_at": number(job.deadline_at),
+        "due_at": number(job.deadline_at if job.due_at is None else job.due_at),
+        "attempts": number(0),
+    }
+
+
 def to_job(item: Item) -> Job:
     """Read a job from its item."""
 

@@ -25,8 +25,8 @@ ServiceError                        code                    HTTP  retryable
     ├── BackendGatewayTimeout       backend_gateway_timeout  504  yes
     └── DeadlineExceeded            deadline_exceeded        504
 
-`retryable` says that the same call may be made again without a risk of paying twice. A `detail` is shown to the
-caller, so it never holds a secret, a traceback or another team's data.
+`retryable` says that another attempt may be made; a backend's error only when that cannot be paid twice. A `detail` is
+shown to the caller, so it never holds a secret, a traceback or another team's data.
 """
 
 from __future__ import annotations

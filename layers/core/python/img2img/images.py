@@ -71,7 +71,7 @@ class ImageInfo:
 
 
 @dataclass(frozen=True)
-class Output(ImageInfo):
+class Picture(ImageInfo):
     """What a backend returned, and whether it is all black: how Stable Diffusion's safety checker says no."""
 
     black: bool
@@ -131,7 +131,7 @@ def prepare(data: bytes, *, width: int, height: int, fit: str, max_pixels: int) 
     return _encode(picture, "PNG", compress_level=1)
 
 
-def examine(data: bytes) -> Output:
+def examine(data: bytes) -> Picture:
     """Return what a backend's output is, having decoded it to its end.
 
     Raises `UnsupportedImage` if it is no PNG, JPEG or WebP image.
@@ -139,11 +139,14 @@ def examine(data: bytes) -> Output:
     image = _output(data)
     extrema = cast("tuple[tuple[int, int], ...]", image.getextrema())
     black = all(high <= _NEARLY_BLACK for _, high in extrema)
-    return Output(_content_type(data), image.width, image.height, black)
+    return Picture(_content_type(data), image.width, image.height, black)
 
 
 def convert(data: bytes, output_format: str) -> bytes:
-    """Return an output as `png`, `jpeg` or `webp`: the very same bytes if it is one already."""
+    """Return an output as `png`, `jpeg` or `webp`: the very same bytes if it is one already.
+
+    Raises `UnsupportedImage` if it is no PNG, JPEG or WebP image.
+    """
     wanted = output_format.upper()
     return data if _sniff(data) == wanted else _encode(_output(data), wanted, **_SAVE_OPTIONS[wanted])
 

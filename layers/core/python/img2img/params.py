@@ -83,6 +83,7 @@ class InlineImage:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of the bytes."""
         return hashlib.sha256(self.data).hexdigest()
 
 
@@ -94,6 +95,7 @@ class ImageUrl:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of the URL: a repeated request fetches nothing."""
         return hashlib.sha256(self.url.encode()).hexdigest()
 
 
@@ -105,6 +107,7 @@ class UploadId:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of the id: a repeated request reads nothing."""
         return hashlib.sha256(self.id.encode()).hexdigest()
 
 

@@ -29,7 +29,7 @@ def _between(start: int | None, end: int | None) -> int | None:
 def _output(services: Services, output: Output) -> dict[str, Any]:
     shown: dict[str, Any] = {"index": output.index, "status": output.status, "seed": output.seed}
     if output.status is OutputStatus.SUCCEEDED:
-        expires = (services.clock() + services.storage.result_url_ttl) * 1000
+        expires = (services.clock() + services.settings.result_url_ttl) * 1000
         shown |= {
             "url": services.storage.output_url(output),
             "url_expires_at": _time(expires),
@@ -76,7 +76,8 @@ def page_document(services: Services, page: Page, base_url: str) -> dict[str, An
     size = 0
     for job in page.jobs:
         document = job_document(services, job, base_url)
-        size += len(json.dumps(document))
+        # As Lambda counts: the body is a string inside the function's own JSON.
+        size += len(json.dumps(json.dumps(document)))
         if shown and size > MAX_PAGE_BYTES:
             return {"jobs": shown, "cursor": shown[-1]["id"]}
         shown.append(document)

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 logger = Logger(child=True)
 
-# One attempt ends in a crash or in an error that is safe to repeat. So a sample costs at most three failed calls.
+# An attempt ends in a crash, in an error that is safe to repeat, or in S3 not taking a picture. So a sample is asked
+# for three times at most, waits for a rate limit aside.
 MAX_ATTEMPTS = 3
 
 
@@ -61,7 +62,11 @@ def _not_stored(error: BotoCoreError | ClientError) -> JobError:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to. `job` is None when there was nothing to do; `retry_after` is seconds until the next try."""
+    """What a run came to.
+
+    `job` is None when there was nothing to do, or the job moved on meanwhile; `retry_after` is seconds until the next
+    try.
+    """
 
     job: Job | None = None
     retry_after: int | None = None
@@ -93,8 +98,7 @@ def _generate(services: Services, backend: Backend, job: Job, image: bytes, inde
                 error_code=OutputBlocked.code,
             )
             return sample
-        wanted = job.params.output_format
-        if wanted and picture.content_type != f"image/{wanted}":
+        if wanted := job.params.output_format:
             data = images.convert(data, wanted)
             picture = replace(picture, content_type=f"image/{wanted}")
         sample.output = services.storage.put_output(job, index, data, picture, generated.seconds)
@@ -123,7 +127,8 @@ def _backoff(job: Job, errors: list[JobError], now: float) -> int | None:
 def run_job(services: Services, team: str, job_id: str) -> Run:
     """Run a job to its end, or to where it has to wait.
 
-    A second delivery of the same message finds the job claimed or ended and changes nothing.
+    A second delivery of the same message finds the job claimed or ended and changes nothing. Raises botocore's
+    `ClientError` and `BotoCoreError`, with the job released for another attempt where that was possible.
     """
     claimed, job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
     if job is None or not claimed:

@@ -96,7 +96,7 @@ class Storage:
         with answer["Body"] as body:
             return body.read()
 
-    def put_output(self, job: Job, index: int, data: bytes, picture: images.Output, seconds: float) -> Output:
+    def put_output(self, job: Job, index: int, data: bytes, picture: images.Picture, seconds: float) -> Output:
         """Store one generated picture; what a crash would lose otherwise goes into the object's metadata."""
         output = Output(
             index=index,
@@ -152,11 +152,6 @@ class Storage:
         answer = self._client.get_object(Bucket=self._results, Key=output.key)
         with answer["Body"] as body:
             return body.read()
-
-    @property
-    def result_url_ttl(self) -> int:
-        """Seconds that a presigned result URL lives."""
-        return self._result_url_ttl
 
     def output_url(self, output: Output) -> str:
         """Return a presigned URL of a generated picture."""

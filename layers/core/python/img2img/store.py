@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 from aws_lambda_powertools import Logger
 from botocore.exceptions import ClientError
 
-from img2img.dynamo import Item, cancellations, error_code, number, outputs_json, text, through_conflicts, to_job
+from img2img.dynamo import (
+    Item,
+    cancellations,
+    error_code,
+    new_job,
+    number,
+    outputs_json,
+    text,
+    through_conflicts,
+    to_job,
+)
 from img2img.errors import JobError, NotFound
 from img2img.ids import first_id_at, id_before, new_id
 from img2img.jobs import NEXT, Job, Status, before
@@ -36,6 +45,7 @@ class Guard:
 
     @property
     def pk(self) -> str:
+        """The guard's partition key."""
         return f"GUARD#{self.team}#{self.key}"
 
 
@@ -68,29 +78,22 @@ class JobStore:
     def _key(team: str, job_id: str) -> dict[str, Any]:
         return {"pk": text(f"TEAM#{team}"), "sk": text(f"JOB#{job_id}")}
 
+    def _new_item(self, job: Job) -> dict[str, Any]:
+        return {
+            **self._key(job.team, job.id),
+            **new_job(job),
+            "open_shard": text(f"OPEN#{sum(job.id.encode()) % OPEN_SHARDS}"),
+            "expires_at": number(job.created_ms // 1000 + self._retention),
+        }
+
     def create(self, job: Job, guard: Guard | None = None) -> Guarded | None:
         """Write a new job and its guard in one transaction.
 
         Returns None when written, or what the guard already holds; then nothing was written.
         """
-        item: dict[str, Any] = {
-            **self._key(job.team, job.id),
-            "key_id": text(job.key_id),
-            "correlation_id": text(job.correlation_id),
-            "status": text(job.status),
-            "params": text(json.dumps(job.params.as_dict())),
-            "metadata": text(json.dumps(dict(job.metadata))),
-            "backend": text(job.backend),
-            "created_ms": number(job.created_ms),
-            "deadline_at": number(job.deadline_at),
-            "due_at": number(job.due_at or job.deadline_at),
-            "open_shard": text(f"OPEN#{sum(job.id.encode()) % OPEN_SHARDS}"),
-            "attempts": number(0),
-            "expires_at": number(job.created_ms // 1000 + self._retention),
-        }
         not_written_before = "attribute_not_exists(pk)"
         writes: list[Any] = [
-            {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_written_before}}
+            {"Put": {"TableName": self._table, "Item": self._new_item(job), "ConditionExpression": not_written_before}}
         ]
         if guard:
             now = job.created_ms // 1000

@@ -24,8 +24,6 @@ class GeneratedImage:
 class Backend(Protocol):
     """Generates one sample per call."""
 
-    name: str
-
     def generate(self, image: bytes, params: Img2ImgParams, seed: int) -> GeneratedImage:
         """Return the picture made of `image`, a PNG of `img_width` x `img_height`, with this seed.
 

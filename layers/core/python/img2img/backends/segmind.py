@@ -58,8 +58,6 @@ class SegmindBackend:
     `session` may bring TLS settings (`verify`, `cert`); its transport is replaced. `clock` tells Unix time.
     """
 
-    name = "segmind"
-
     def __init__(
         self,
         *,
@@ -82,6 +80,12 @@ class SegmindBackend:
             self._session.mount(scheme, Transport(limit=timeout, clock=clock))
 
     def generate(self, image: bytes, params: Img2ImgParams, seed: int) -> GeneratedImage:
+        """Return one picture, for one billed call at most.
+
+        Raises `BackendUnauthorized`, `BackendOutOfCredits`, `BackendRefused`, `BackendRateLimited` (with
+        `retry_after`), `BackendFailed`, `BackendGatewayTimeout`, `BackendUnreachable`, `BackendTimeout` and
+        `BackendBroken`.
+        """
         body = {
             "image": base64.b64encode(image).decode(),
             "prompt": params.prompt,

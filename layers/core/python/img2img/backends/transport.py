@@ -28,11 +28,12 @@ class Transport(HTTPAdapter):
     A request and its answer take at most `limit` seconds, however they drip. Nothing is repeated.
     """
 
-    def __init__(self, *, limit: float, clock: Callable[[], float], pool_size: int = 16) -> None:
+    def __init__(self, *, limit: float, clock: Callable[[], float]) -> None:
         self._settings = {"limit": limit, "clock": staticmethod(clock)}
-        super().__init__(pool_connections=1, pool_maxsize=pool_size, max_retries=0)
+        super().__init__(pool_connections=1, pool_maxsize=16, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Make the pool, of connections that keep the deadline."""
         super().init_poolmanager(*args, **kwargs)
         plain = type("_Plain", (_Connection,), self._settings)
         secure = type("_Secure", (_Connection, HTTPSConnection), self._settings)
