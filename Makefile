@@ -6,7 +6,7 @@ PYTHON ?= python3
 # The stack that deploy, secret and logs work on. Empty REGION: the region of the AWS profile.
 STACK ?= img2img
 REGION ?=
-# What `make test` runs: make test ARGS="tests/unit -k fetch".
+# Passed on: make test ARGS="tests/unit -k fetch", make run ARGS="--port 3100", make demo ARGS="photo.heic 'in winter'".
 ARGS ?=
 WORKERS ?= 2
 SAM_VERSION := 1.170.0
@@ -34,11 +34,11 @@ help: ## Show this list
 
 install: $(DEV) $(SAM_CLI) ## Install all tools into .venv and .venv-sam; the other targets do it as needed
 
-run: $(RUN) ## Run the whole system on this machine: http://127.0.0.1:3000/v1 (SEGMIND_API_KEY=... for the real backend)
-	@$(PY) -m local run
+run: $(RUN) ## Run the whole system on this machine: http://127.0.0.1:3000/v1 (SEGMIND_API_KEY=... for the real backend, ARGS="--port 3100")
+	@$(PY) -m local run $(ARGS)
 
-demo: $(RUN) ## Turn events/sample.jpg into a new picture and show where it is
-	@$(PY) -m local demo
+demo: $(RUN) ## Turn events/sample.jpg, or ARGS="image prompt", into a new picture
+	@$(PY) -m local demo $(ARGS)
 
 test: $(DEV) $(SAM_CLI) ## Run the tests; ARGS="tests/unit -k name" picks some
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import requests
+
 from local.demo import DEFAULT_PROMPT, SAMPLE, DemoFailed, demo
 from local.functions import FunctionError
 from local.stack import API_KEY, LOGS, Stack
@@ -22,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.action(options))
-    except (DemoFailed, FunctionError, TemplateError) as error:
+    except (DemoFailed, FunctionError, TemplateError, requests.RequestException) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
@@ -36,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="run|demo")
     run = commands.add_parser("run", help="run the system until Ctrl-C")
     run.set_defaults(action=_run)
-    run.add_argument("--port", type=int, default=PORT, help="where the API listens (default: %(default)s)")
+    run.add_argument("--port", type=_port, default=PORT, help="where the API listens (default: %(default)s)")
     run.add_argument(
         "--latency", type=float, default=1.0, help="seconds that a simulated picture takes (default: %(default)s)"
     )
@@ -53,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--out", type=Path, default=Path("out"), help="folder of the result (default: %(default)s)")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError("must be a number from 0 (any free port) to 65535")
+    return int(text)
 
 
 def _new_stack(port: int, *, latency: float, logs: Path = LOGS, verbose: bool = False) -> Stack:

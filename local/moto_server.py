@@ -14,12 +14,15 @@ from typing import Any
 # S3 does.
 os.environ.update(S3_IGNORE_SUBDOMAIN_BUCKETNAME="true", MOTO_DISABLE_GLOBAL_CORS="true")
 
+from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
     create_backend_app,
 )
 from werkzeug.serving import make_server
+
+from local.upload_forms import UploadForms
 
 StartResponse = Callable[..., Any]
 
@@ -45,6 +48,15 @@ class _Serialised:
         return answer
 
 
+def _posting_origins(bucket: str) -> Iterable[str]:
+    from moto.s3.models import s3_backends  # loaded with the first request, not at the start
+
+    found = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets.get(bucket)
+    for rule in found.cors if found else ():
+        if "POST" in rule.allowed_methods:
+            yield from [rule.allowed_origins] if isinstance(rule.allowed_origins, str) else rule.allowed_origins
+
+
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()
     os._exit(0)
@@ -56,7 +68,7 @@ def main() -> None:
     server = make_server(
         "127.0.0.1",
         0,
-        _Serialised(DomainDispatcherApplication(create_backend_app)),
+        _Serialised(UploadForms(DomainDispatcherApplication(create_backend_app), _posting_origins)),
         threaded=True,
         request_handler=_Quiet,
     )

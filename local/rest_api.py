@@ -33,6 +33,8 @@ _REMAPPED = {
 }
 _DROPPED = {"content-length", "expect", "host", "te", "trailer", "transfer-encoding", "upgrade", "via"}
 _NOT_FORWARDED = {
+    "x-forwarded-port",
+    "x-forwarded-proto",
     "connection",
     "content-length",
     "expect",

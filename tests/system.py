@@ -214,7 +214,10 @@ def sample_base64() -> str:
 
 
 def _create_resources() -> None:
-    """Create the tables, buckets, queue and secret in moto, as `template.yaml` has them."""
+    """Create the tables, buckets, queue and secret in moto, as `template.yaml` has them.
+
+    That is, but for the queue, whose messages are visible again at once.
+    """
     dynamodb: Any = boto3.client("dynamodb")
     text = [{"AttributeName": name, "AttributeType": "S"} for name in ("pk", "sk", "open_shard")]
     dynamodb.create_table(

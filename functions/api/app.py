@@ -67,7 +67,9 @@ def _base_url() -> str:
     event = app.current_event
     # What stands in front of the route: the stage, or a custom domain's mapping.
     prefix = event.request_context.path.removesuffix(event.path)
-    return f"{_header('x-forwarded-proto') or 'https'}://{_header('host')}{prefix}"
+    # The last one is the gateway's own; a caller may have sent others.
+    scheme = _header("x-forwarded-proto").rpartition(",")[2].strip() or "https"
+    return f"{scheme}://{_header('host')}{prefix}"
 
 
 def _body() -> bytes:
@@ -188,7 +190,8 @@ def _created(use: Services, request: Img2ImgRequest, submission: Submission, job
         headers["Idempotent-Replayed"] = "true"
     if job.error:
         return _problem(job.error, headers, job_id=job.id)
-    headers["x-generation-time"] = f"{job.generation_seconds:.3f}"
+    if job.outputs:
+        headers["x-generation-time"] = f"{job.generation_seconds:.3f}"
     if job.remaining_credits is not None:
         headers["x-remaining-credits"] = f"{job.remaining_credits:.12g}"
     shown = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
@@ -207,7 +210,7 @@ def _created(use: Services, request: Img2ImgRequest, submission: Submission, job
     document = present.job_document(use, job, base_url)
     if data:
         encoded = [base64.b64encode(picture).decode() for picture in data]
-        document["image"] = encoded[0] if len(encoded) == 1 else encoded
+        document["image"] = encoded[0] if request.params.samples == 1 else encoded
     return _answer(200, document, headers=headers)
 
 

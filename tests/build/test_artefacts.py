@@ -33,7 +33,10 @@ print(json.dumps([m.__file__ for m in sys.modules.values() if getattr(m, "__file
 
 
 def files(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
+    """Return the files in a folder that holds some."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    assert found, folder
+    return found
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,7 +73,7 @@ def host_dependencies(tmp_path_factory):
         ],
         cwd=ROOT / "layers/dependencies",
         check=True,
-        timeout=300,
+        timeout=150,  # less than what ends the tests, see pyproject.toml
     )
     return folder / "python"
 

@@ -90,6 +90,13 @@ class Deployment:
         self.receive()
         return str(created.json["id"])
 
+    def end(self, how: str, job_id: str) -> None:
+        """End a job as its owner does: "cancel" or "delete"."""
+        if how == "cancel":
+            assert self.system.api("POST", f"/jobs/{job_id}/cancel").status == 200
+        else:
+            assert self.system.api("DELETE", f"/jobs/{job_id}").status == 204
+
     def upload(self) -> str:
         """Store a picture in a request of its own and return the upload's id."""
         answer = self.system.api("POST", "/uploads", picture(), {"Content-Type": "image/png"})

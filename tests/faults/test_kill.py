@@ -222,26 +222,19 @@ CANCELED_MEANWHILE = (
 )
 
 
-def _end(deployment: Deployment, how: str, job_id: str) -> None:
-    if how == "canceled":
-        assert deployment.system.api("POST", f"/jobs/{job_id}/cancel").status == 200
-    else:
-        assert deployment.system.api("DELETE", f"/jobs/{job_id}").status == 204
-
-
-@pytest.mark.parametrize("how", ["canceled", "deleted"])
+@pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_the_walk_of_a_job_that_ends_meanwhile_takes_every_call(deployment, how):
     job_id = _one_sample(deployment)
-    deployment.run(Meanwhile(deployment.calls, lambda: _end(deployment, how, job_id), ("POST 0", AFTER)))
+    deployment.run(Meanwhile(deployment.calls, lambda: deployment.end(how, job_id), ("POST 0", AFTER)))
     assert deployment.calls.made == list(CANCELED_MEANWHILE)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("call", CANCELED_MEANWHILE[CANCELED_MEANWHILE.index("PutObject 0") :])
-@pytest.mark.parametrize("how", ["canceled", "deleted"])
+@pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_a_worker_killed_after_its_job_was_ended_leaves_no_picture(deployment, how, call, moment):
     job_id = _one_sample(deployment)
-    kill = Meanwhile(deployment.calls, lambda: _end(deployment, how, job_id), ("POST 0", AFTER), kill=(call, moment))
+    kill = Meanwhile(deployment.calls, lambda: deployment.end(how, job_id), ("POST 0", AFTER), kill=(call, moment))
     with pytest.raises(Killed):
         deployment.run(kill)
     deployment.restart()
@@ -252,7 +245,7 @@ def test_a_worker_killed_after_its_job_was_ended_leaves_no_picture(deployment, h
     assert deployment.results(job_id) == []
     assert deployment.system.messages() == 0
     answer = deployment.system.api("GET", f"/jobs/{job_id}")
-    assert answer.status == 404 if how == "deleted" else answer.json["status"] == "canceled"
+    assert answer.status == 404 if how == "delete" else answer.json["status"] == "canceled"
 
 
 # The API

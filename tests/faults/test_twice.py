@@ -59,7 +59,7 @@ def test_workers_that_start_together_run_a_job_once(deployment):
     job_id = deployment.new_job(samples=2)
     services = deployment.system.services
     _ = services.jobs, services.storage, services.backend
-    together = threading.Barrier(4)
+    together = threading.Barrier(4, timeout=30)
 
     def work(_number: int) -> bool:
         together.wait()
@@ -109,18 +109,11 @@ def test_a_message_that_comes_again_after_the_end_changes_nothing(deployment):
 @pytest.mark.parametrize("end", ["cancel", "delete"])
 def test_a_message_that_comes_after_its_job_was_ended_asks_nothing_of_the_backend(deployment, end):
     job_id = deployment.new_job()
-    _end(deployment, end, job_id)
+    deployment.end(end, job_id)
     deployment.settle()
     assert deployment.seeds() == {}
     assert deployment.results(job_id) == []
     assert deployment.system.messages() == 0
-
-
-def _end(deployment: Deployment, how: str, job_id: str) -> None:
-    if how == "cancel":
-        assert deployment.system.api("POST", f"/jobs/{job_id}/cancel").status == 200
-    else:
-        assert deployment.system.api("DELETE", f"/jobs/{job_id}").status == 204
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
@@ -128,7 +121,7 @@ def _end(deployment: Deployment, how: str, job_id: str) -> None:
 def test_a_job_ended_between_two_calls_of_its_worker_stays_ended_and_leaves_no_picture(deployment, call, moment, end):
     deployment.warm()
     job_id = deployment.new_job(samples=2)
-    _run_while(deployment, lambda: _end(deployment, end, job_id), (call, moment), ONE_BY_ONE)
+    _run_while(deployment, lambda: deployment.end(end, job_id), (call, moment), ONE_BY_ONE)
     deployment.settle()
     if (call, moment, end) == ("TransactWriteItems", AFTER, "cancel"):
         # It had succeeded before.
@@ -144,7 +137,7 @@ def test_a_job_ended_while_it_is_put_off_stays_ended(deployment, call, moment, e
     deployment.warm()
     deployment.system.segmind.behave("429")
     job_id = deployment.new_job()
-    _run_while(deployment, lambda: _end(deployment, end, job_id), (call, moment))
+    _run_while(deployment, lambda: deployment.end(end, job_id), (call, moment))
     deployment.settle()
     _assert_ended(deployment, end, job_id)
     assert len(deployment.system.segmind.calls) <= 1

@@ -347,3 +347,27 @@ def test_an_inline_image_has_the_limit_of_an_upload(system):
     system.services.settings = dataclasses.replace(system.services.settings, max_image_bytes=10_000)
     answer = system.create()
     assert (answer.status, answer.json["errors"][0]["field"]) == (413, "image")
+
+
+def test_several_samples_are_a_list_even_when_one_is_delivered(system):
+    system.segmind.behave("black")
+    _, answer = replay(system, samples=2, base64=True)
+    assert isinstance(answer.json["image"], list)
+    assert len(answer.json["image"]) == 1
+    assert sorted(output["status"] for output in answer.json["outputs"]) == ["blocked", "succeeded"]
+
+
+def test_a_canceled_job_claims_no_generation_time(system):
+    key = {"Idempotency-Key": "k"}
+    job_id = system.create(headers=key).json["id"]
+    system.api("POST", f"/jobs/{job_id}/cancel")
+    answer = system.create(wait=5, headers=key)
+    assert (answer.status, answer.json["status"]) == (200, "canceled")
+    assert "x-generation-time" not in answer.headers
+
+
+def test_the_scheme_is_the_gateways_and_not_the_callers(system):
+    event = rest_event("GET", "/jobs/" + system.create().json["id"])
+    event["multiValueHeaders"]["X-Forwarded-Proto"] = ["gopher", "https"]
+    document = json.loads(function("api").handler(event, Context())["body"])
+    assert document["urls"]["get"].startswith("https://api.example/v1/jobs/")

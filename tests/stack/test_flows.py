@@ -122,7 +122,7 @@ def test_an_image_body_is_an_upload(client):
 
 
 def test_when_the_wait_runs_out_the_job_runs_on(client, stack):
-    stack.segmind.latency = 1.5
+    stack.segmind.latency = 5
     answer = client.create(headers={"Prefer": "wait=1"})
     assert answer.status_code == 202
     assert answer.headers["Preference-Applied"] == "wait=1"

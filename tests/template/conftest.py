@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ class Template:
         self.resources: dict[str, Json] = translated["Resources"]
 
     def of_type(self, kind: str) -> dict[str, Json]:
-        return {name: r["Properties"] for name, r in self.resources.items() if r["Type"] == kind}
+        """Return the properties of every resource of a kind, of which there is one at least."""
+        found = {name: r["Properties"] for name, r in self.resources.items() if r["Type"] == kind}
+        assert found, f"there is no {kind}"
+        return found
 
     def properties(self, name: str) -> Json:
         properties: Json = self.resources[name]["Properties"]
@@ -53,20 +56,31 @@ class Template:
         body: Json = self.properties("Api")["Body"]
         return body
 
-    def operations(self) -> Iterator[tuple[str, str, Json]]:
-        """Yield method, path and definition of every route, preflights included."""
-        for path, methods in self.api["paths"].items():
-            for method, definition in methods.items():
-                yield method.upper(), path, definition
+    def operations(self) -> list[tuple[str, str, Json]]:
+        """Return method, path and definition of every route, preflights included; there are some of both."""
+        found = [
+            (method.upper(), path, definition)
+            for path, methods in self.api["paths"].items()
+            for method, definition in methods.items()
+        ]
+        assert {method for method, _, _ in found} >= {"OPTIONS", "GET", "POST"}
+        return found
 
-    def statements(self) -> Iterator[tuple[str, Json]]:
-        """Yield the resource and the statement of everything that grants or denies, trust policies aside."""
-        for name, properties in self.of_type("AWS::IAM::Role").items():
-            for policy in properties.get("Policies", []):
-                yield from ((name, statement) for statement in policy["PolicyDocument"]["Statement"])
+    def statements(self) -> list[tuple[str, Json]]:
+        """Return the resource and the statement of everything that grants or denies, trust policies aside.
+
+        There are some of both.
+        """
+        policies = [
+            (name, policy["PolicyDocument"])
+            for name, role in self.of_type("AWS::IAM::Role").items()
+            for policy in role.get("Policies", [])
+        ]
         for kind in ("AWS::S3::BucketPolicy", "AWS::SQS::QueuePolicy"):
-            for name, properties in self.of_type(kind).items():
-                yield from ((name, statement) for statement in properties["PolicyDocument"]["Statement"])
+            policies += [(name, properties["PolicyDocument"]) for name, properties in self.of_type(kind).items()]
+        found = [(name, statement) for name, document in policies for statement in document["Statement"]]
+        assert {statement["Effect"] for _, statement in found} == {"Allow", "Deny"}
+        return found
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
@@ -15,18 +14,6 @@ from PIL import Image
 from local.segmind import BEHAVIOURS, SegmindStandIn
 
 KEY = "stand-in"
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[SegmindStandIn]:
-    with SegmindStandIn(KEY) as stand_in:
-        yield stand_in
-
-
-@pytest.fixture
-def segmind(running: SegmindStandIn) -> SegmindStandIn:
-    running.reset()
-    return running
 
 
 def picture(kind: str = "PNG") -> str:
