@@ -114,14 +114,18 @@ class UploadForms:
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         bucket = environ["PATH_INFO"].strip("/")
         kind, options = parse_options_header(environ.get("CONTENT_TYPE"))
-        if environ["REQUEST_METHOD"] != "POST" or kind != "multipart/form-data" or not bucket or "/" in bucket:
-            answer: Iterable[bytes] = self._app(environ, start_response)
-            return answer
-        allowed = self._cors(bucket, environ.get("HTTP_ORIGIN"))
+        is_form = environ["REQUEST_METHOD"] == "POST" and kind == "multipart/form-data" and "/" not in bucket
+        # What is answered to one origin must not be taken from the cache for another.
+        added = [("Vary", "Origin")] if "HTTP_ORIGIN" in environ else []
+        if is_form:
+            added += self._cors(bucket, environ.get("HTTP_ORIGIN"))
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
-            return start_response(status, [*headers, *allowed], *rest)
+            return start_response(status, [*headers, *added], *rest)
 
+        if not is_form:
+            answer: Iterable[bytes] = self._app(environ, start)
+            return answer
         try:
             length = int(environ.get("CONTENT_LENGTH") or 0)
             if length > _LARGEST:

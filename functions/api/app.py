@@ -105,7 +105,7 @@ def _answer(
     return Response(
         status_code=status,
         content_type=content_type,
-        body=body if isinstance(body, bytes | None) else json.dumps(body, ensure_ascii=False, separators=(",", ":")),
+        body=body if isinstance(body, bytes | str) else json.dumps(body, ensure_ascii=False, separators=(",", ":")),
         headers=headers or {},
     )
 
@@ -255,7 +255,7 @@ def read_output(job_id: str, index: str) -> Response[Any]:
     if output is None or output.status is not OutputStatus.SUCCEEDED:
         raise NotFound(f"The job has no output {index[:10]} to show")
     headers = {"Location": use.storage.output_url(output), "Cache-Control": "no-store"}
-    return _answer(HTTPStatus.FOUND, None, headers=headers)
+    return _answer(HTTPStatus.FOUND, "", headers=headers)
 
 
 @app.post("/jobs/<job_id>/cancel")
@@ -275,7 +275,7 @@ def delete_job(job_id: str) -> Response[Any]:
     job = use.jobs.cancel(team, _job_id(job_id))
     use.storage.delete_job(team, job.id)
     use.jobs.delete(team, job.id)
-    return _answer(204, None)
+    return _answer(HTTPStatus.NO_CONTENT, "")
 
 
 @app.get("/health")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import requests
 
-from tests.system import ROOT
+from tests.system import ROOT, sample_base64
 
 PAGE = "https://app.example.com"
 
@@ -48,3 +48,15 @@ def test_the_form_is_held_to_its_policy(form, size, changes, status):
     answer = send(form, b"x" * size, **changes)
     assert answer.status_code == status
     assert answer.headers["access-control-allow-origin"] in ("*", PAGE)
+
+
+def test_a_picture_read_for_one_origin_is_not_cached_for_another(stack):
+    stack.segmind.reset()
+    body = {"image": sample_base64(), "prompt": "a castle"}
+    key = {"x-api-key": stack.api_key}
+    job = requests.post(f"{stack.url}/sd1.5-img2img", json=body, headers=key, timeout=40).json()
+    # After the redirect of an output's link, browsers send `Origin: null`.
+    for origin in (PAGE, "null"):
+        answer = requests.get(job["outputs"][0]["url"], headers={"Origin": origin}, timeout=10)
+        assert answer.headers["access-control-allow-origin"] in ("*", origin)
+        assert "origin" in answer.headers["vary"].lower()
