@@ -330,6 +330,7 @@ def test_a_crash_after_the_job_was_written_leads_back_to_that_job(system, aws, p
     found = ask(system)
     assert (found.status, found.json["id"], found.json["input"]) == (202, job["id"], job["input"])
     assert system.messages() == sent + 1
+    assert system.objects("uploads") == [f"inputs/default/{job['id']}.png"], "no input of a job that never was"
     system.deliver()
     assert ask(system).json["id"] == job["id"]
     assert len(jobs(system)) == len(system.segmind.calls) == 1

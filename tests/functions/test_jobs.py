@@ -205,6 +205,7 @@ def test_presigned_urls_are_sigv4_regional_and_virtual_hosted(system):
     assert form["url"] == "https://uploads.s3.eu-west-1.amazonaws.com/"
     assert form["fields"]["x-amz-algorithm"] == "AWS4-HMAC-SHA256"
     policy = json.loads(base64.b64decode(form["fields"]["policy"]))["conditions"]
+    assert form["fields"]["Content-Type"] == "image/heic"
     assert {"Content-Type": "image/heic"} in policy
     assert {"key": f"uploads/default/{form['id']}"} in policy
     assert ["content-length-range", 1, form["max_bytes"]] in policy
@@ -372,3 +373,13 @@ def test_the_scheme_is_the_gateways_and_not_the_callers(system):
     event["multiValueHeaders"]["X-Forwarded-Proto"] = ["gopher", "https"]
     document = json.loads(function("api").handler(event, Context())["body"])
     assert document["urls"]["get"].startswith("https://api.example/v1/jobs/")
+
+
+def test_a_longer_wait_than_there_is_is_shortened(system):
+    _, answer = replay(system, {"Prefer": "wait=100"})
+    assert (answer.status, answer.headers["preference-applied"]) == (200, "wait=25")
+
+
+def test_the_seed_after_the_last_is_the_first(system):
+    job = succeeded(system, seed=999_999_999_999_999, samples=2)
+    assert [output["seed"] for output in job["outputs"]] == [999_999_999_999_999, 0]
