@@ -29,6 +29,10 @@ class Killed(BaseException):
     """The process is gone: nothing of it catches this."""
 
 
+def die() -> None:
+    raise Killed
+
+
 class Aws:
     """The AWS calls that the functions make, and a step to take before and after each."""
 
@@ -314,9 +318,6 @@ def test_a_job_that_could_not_be_sent_is_a_job_still(system, aws):
     "place", ["after TransactWriteItems", "before SendMessage", "after SendMessage", "before UpdateItem"]
 )
 def test_a_crash_after_the_job_was_written_leads_back_to_that_job(system, aws, place):
-    def die() -> None:
-        raise Killed
-
     aws.once_at(place, die)
     with pytest.raises(Killed):
         ask(system)
@@ -338,9 +339,6 @@ def test_a_crash_after_the_job_was_written_leads_back_to_that_job(system, aws, p
 
 
 def test_a_job_that_ended_before_its_request_was_repeated_is_not_sent_again(system, aws):
-    def die() -> None:
-        raise Killed
-
     aws.once_at("before UpdateItem", die)
     with pytest.raises(Killed):
         ask(system)
@@ -354,9 +352,6 @@ def test_a_job_that_ended_before_its_request_was_repeated_is_not_sent_again(syst
 
 @pytest.mark.parametrize("place", ["after PutItem", "before PutObject", "after PutObject", "before TransactWriteItems"])
 def test_a_crash_before_the_job_was_written_leaves_none(system, aws, place):
-    def die() -> None:
-        raise Killed
-
     aws.once_at(place, die)
     with pytest.raises(Killed):
         ask(system)
@@ -432,9 +427,6 @@ def test_another_payload_in_flight_is_never_taken_for_the_first(system, aws):
 
 
 def test_two_requests_after_a_crash_find_the_same_job(system, aws):
-    def die() -> None:
-        raise Killed
-
     aws.once_at("before SendMessage", die)
     with pytest.raises(Killed):
         ask(system)

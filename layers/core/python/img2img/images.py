@@ -77,6 +77,12 @@ class Picture(ImageInfo):
     black: bool
 
 
+def refuse_larger(size: int, max_bytes: int, *, field: str = "image") -> None:
+    """Raise `TooLarge` for an image file of more than `max_bytes`."""
+    if size > max_bytes:
+        raise TooLarge.of_field(field, f"must have at most {max_bytes} bytes")
+
+
 def inspect(data: bytes, *, max_pixels: int) -> ImageInfo:
     """Return what an image is, having decoded it to its end.
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from img2img.errors import FieldError, InvalidRequest
+from img2img.errors import InvalidRequest
 from img2img.ids import ULID
 from img2img.jobs import Status
-from img2img.params import unknown_field
+from img2img.params import WrongValue, parse_fields
 
 MAX_LIMIT = 100
 
@@ -29,19 +29,19 @@ class JobFilter:
 def _limit(text: str) -> int:
     if re.fullmatch("[0-9]{1,3}", text) and 1 <= int(text) <= MAX_LIMIT:
         return int(text)
-    raise ValueError(f"must be an integer from 1 to {MAX_LIMIT}")
+    raise WrongValue(f"must be an integer from 1 to {MAX_LIMIT}")
 
 
 def _cursor(text: str) -> str:
     if ULID.fullmatch(text):
         return text
-    raise ValueError("must be the cursor of an earlier answer")
+    raise WrongValue("must be the cursor of an earlier answer")
 
 
 def _status(text: str) -> Status:
     if text in list(Status):
         return Status(text)
-    raise ValueError(f"must be one of {', '.join(Status)}")
+    raise WrongValue(f"must be one of {', '.join(Status)}")
 
 
 def _time(text: str) -> int:
@@ -51,7 +51,7 @@ def _time(text: str) -> int:
             return int(moment.timestamp() * 1000)
     except (ValueError, OverflowError):
         pass
-    raise ValueError("must be an ISO 8601 time with its offset, for example 2026-11-22T12:00:00Z")
+    raise WrongValue("must be an ISO 8601 time with its offset, for example 2026-11-22T12:00:00Z")
 
 
 _PARSERS = {
@@ -65,17 +65,7 @@ _PARSERS = {
 
 def parse_filter(query: Mapping[str, str]) -> JobFilter:
     """Check query parameters. Raises `InvalidRequest` naming every wrong and unknown one."""
-    errors: list[FieldError] = []
-    values = {}
-    for name, text in query.items():
-        parse = _PARSERS.get(name)
-        if parse is None:
-            errors.append(unknown_field(name, _PARSERS))
-            continue
-        try:
-            values[name] = parse(text)
-        except ValueError as wrong:
-            errors.append(FieldError(name, str(wrong)))
+    values, errors = parse_fields(query, _PARSERS)
     if errors:
         raise InvalidRequest.of_fields(errors)
-    return JobFilter(**values)  # type: ignore[arg-type]
+    return JobFilter(**values)

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -133,18 +133,18 @@ class Img2ImgRequest:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class _Wrong(ValueError):
+class WrongValue(ValueError):
     """A field's value is not accepted; the text says what would be."""
 
 
 def _text(limit: int) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if not isinstance(value, str) or len(value) > limit:
-            raise _Wrong(f"must be a string of at most {limit} characters")
+            raise WrongValue(f"must be a string of at most {limit} characters")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise _Wrong("must be valid Unicode text") from None
+            raise WrongValue("must be valid Unicode text") from None
         return value
 
     return parse
@@ -153,7 +153,7 @@ def _text(limit: int) -> Callable[[Any], str]:
 def _prompt(value: Any) -> str:
     text = _text(MAX_PROMPT)(value)
     if not text.strip():
-        raise _Wrong("must not be empty")
+        raise WrongValue("must not be empty")
     return text
 
 
@@ -174,7 +174,7 @@ def _integer(low: int, high: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         number = _number(value)
         if number is None or number != int(number) or not low <= number <= high:
-            raise _Wrong(f"must be an integer from {low} to {high}")
+            raise WrongValue(f"must be an integer from {low} to {high}")
         return int(number)
 
     return parse
@@ -184,16 +184,18 @@ def _decimal(low: float, high: float) -> Callable[[Any], float]:
     def parse(value: Any) -> float:
         number = _number(value)
         if number is None or not low <= number <= high:
-            raise _Wrong(f"must be a number from {low:g} to {high:g}")
+            raise WrongValue(f"must be a number from {low:g} to {high:g}")
         return float(number)
 
     return parse
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+def one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    """Return the parser of a field that has these values."""
+
     def parse(value: Any) -> str:
         if value not in choices:
-            raise _Wrong(f"must be one of {', '.join(choices)}")
+            raise WrongValue(f"must be one of {', '.join(choices)}")
         return str(value)
 
     return parse
@@ -202,22 +204,22 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
 def _size(value: Any) -> int:
     number = _number(value)
     if number not in SIZES:
-        raise _Wrong("must be 512 or 768")
+        raise WrongValue("must be 512 or 768")
     return int(number)
 
 
 def _seed(value: Any) -> int:
     try:
         return _integer(-1, MAX_SEED)(value)
-    except _Wrong:
-        raise _Wrong(f"must be -1 (random) or an integer from 0 to {MAX_SEED}") from None
+    except WrongValue:
+        raise WrongValue(f"must be -1 (random) or an integer from 0 to {MAX_SEED}") from None
 
 
 def _boolean(value: Any) -> bool:
     if isinstance(value, str):
         value = {"true": True, "false": False}.get(value.strip().lower())
     if not isinstance(value, bool):
-        raise _Wrong("must be true or false")
+        raise WrongValue("must be true or false")
     return value
 
 
@@ -227,7 +229,7 @@ def _metadata(value: Any) -> dict[str, str]:
         or len(value) > MAX_METADATA_ENTRIES
         or not all(isinstance(v, str) and len(k) <= 40 and len(v) <= 500 for k, v in value.items())
     ):
-        raise _Wrong(
+        raise WrongValue(
             f"must be an object of at most {MAX_METADATA_ENTRIES} strings of at most 500 characters, keys at most 40"
         )
     for entry in value.items():
@@ -238,28 +240,28 @@ def _metadata(value: Any) -> dict[str, str]:
 
 def _image(value: Any) -> ImageSource:
     if not isinstance(value, str) or not value.strip():
-        raise _Wrong("must be an upload id, an https URL, a data URI or base64")
+        raise WrongValue("must be an upload id, an https URL, a data URI or base64")
     value = _text(len(value))(value).strip()
     if UPLOAD_ID.fullmatch(value):
         return UploadId(value)
     scheme = value[:8].lower()
     if scheme == "https://":
         if len(value) > 4096:
-            raise _Wrong("must be a URL of at most 4096 characters")
+            raise WrongValue("must be a URL of at most 4096 characters")
         return ImageUrl(value)
     if scheme.startswith("http://"):
-        raise _Wrong("must be an https URL, not http")
+        raise WrongValue("must be an https URL, not http")
     encoded = value
     if scheme.startswith("data:"):
         header, comma, encoded = value.partition(",")
         if not comma or not header.lower().endswith(";base64"):
-            raise _Wrong("must be a data URI of the form data:image/...;base64,...")
+            raise WrongValue("must be a data URI of the form data:image/...;base64,...")
     try:
         data = base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise _Wrong("must be an upload id, an https URL, a data URI or base64; this is no valid base64") from None
+        raise WrongValue("must be an upload id, an https URL, a data URI or base64; this is no valid base64") from None
     if not data:
-        raise _Wrong("holds no bytes")
+        raise WrongValue("holds no bytes")
     return InlineImage(data)
 
 
@@ -267,25 +269,38 @@ _PARAMS: dict[str, Callable[[Any], Any]] = {
     "prompt": _prompt,
     "negative_prompt": _text(MAX_PROMPT),
     "samples": _integer(1, 4),
-    "scheduler": _one_of(SCHEDULERS),
+    "scheduler": one_of(SCHEDULERS),
     "num_inference_steps": _integer(20, 100),
     "guidance_scale": _decimal(0.1, 25),
     "strength": _decimal(0.1, 1),
     "seed": _seed,
     "img_width": _size,
     "img_height": _size,
-    "fit": _one_of(FITS),
-    "output_format": _one_of(OUTPUT_FORMATS),
+    "fit": one_of(FITS),
+    "output_format": one_of(OUTPUT_FORMATS),
 }
-_OTHERS: dict[str, Callable[[Any], Any]] = {"image": _image, "base64": _boolean, "metadata": _metadata}
-FIELDS = ("image", *_PARAMS, "base64", "metadata")
+_FIELDS: dict[str, Callable[[Any], Any]] = {"image": _image, **_PARAMS, "base64": _boolean, "metadata": _metadata}
+FIELDS = tuple(_FIELDS)
 REQUIRED = ("image", "prompt")
 
 
-def unknown_field(name: str, known: Iterable[str]) -> FieldError:
-    """Return the error about a name that means nothing: its start only, for it may be of any length and no text."""
-    shown = name[:100].encode(errors="replace").decode()
-    return FieldError(shown, f"is not known; known are {', '.join(known)}")
+def parse_fields(
+    given: Mapping[str, Any], parsers: Mapping[str, Callable[[Any], Any]]
+) -> tuple[dict[str, Any], list[FieldError]]:
+    """Return the parsed values, and an error for each unknown name and each value that raised `WrongValue`."""
+    values: dict[str, Any] = {}
+    errors: list[FieldError] = []
+    for name, value in given.items():
+        if name not in parsers:
+            # The start of a name only: it may be of any length, and no text.
+            shown = name[:100].encode(errors="replace").decode()
+            errors.append(FieldError(shown, f"is not known; known are {', '.join(parsers)}"))
+            continue
+        try:
+            values[name] = parsers[name](value)
+        except WrongValue as wrong:
+            errors.append(FieldError(name, str(wrong)))
+    return values, errors
 
 
 def parse_request(body: Any) -> Img2ImgRequest:
@@ -295,20 +310,9 @@ def parse_request(body: Any) -> Img2ImgRequest:
     """
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
-    errors: list[FieldError] = []
-    values: dict[str, Any] = {}
-    for name, value in body.items():
-        parse = _PARAMS.get(name) or _OTHERS.get(name)
-        if parse is None:
-            errors.append(unknown_field(name, FIELDS))
-            continue
-        # Segmind's clients send null for "not set".
-        if value is None and name not in REQUIRED:
-            continue
-        try:
-            values[name] = parse(value)
-        except _Wrong as wrong:
-            errors.append(FieldError(name, str(wrong)))
+    # Segmind's clients send null for "not set".
+    unset = {name for name, value in body.items() if value is None and name in _FIELDS and name not in REQUIRED}
+    values, errors = parse_fields({name: value for name, value in body.items() if name not in unset}, _FIELDS)
     errors += [FieldError(name, "is required") for name in REQUIRED if name not in body]
     if errors:
         raise InvalidRequest.of_fields(errors)

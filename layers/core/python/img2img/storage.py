@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from img2img import images
-from img2img.errors import NotFound, TooLarge
+from img2img.errors import NotFound
 from img2img.jobs import Job, Output, OutputStatus
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ class Storage:
                 raise
             raise NotFound.of_field("image", f"there is no upload {upload_id}; it may not have been sent yet") from None
         with answer["Body"] as body:
-            if answer["ContentLength"] > self._max_image_bytes:
-                raise TooLarge.of_field("image", f"must have at most {self._max_image_bytes} bytes")
+            images.refuse_larger(answer["ContentLength"], self._max_image_bytes)
             return body.read()
 
     def put_input(self, team: str, job_id: str, png: bytes) -> None:

@@ -10,7 +10,7 @@ from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
-from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, InvalidRequest, NotFound, TooLarge
+from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, InvalidRequest, NotFound
 from img2img.ids import new_id
 from img2img.jobs import Job, Output, Status
 from img2img.params import ImageUrl, Img2ImgRequest, InlineImage
@@ -54,8 +54,7 @@ class Submission:
 
 def _image_bytes(services: Services, team: str, request: Img2ImgRequest) -> bytes:
     if isinstance(request.image, InlineImage):
-        if len(request.image.data) > services.settings.max_image_bytes:
-            raise TooLarge.of_field("image", f"must have at most {services.settings.max_image_bytes} bytes")
+        images.refuse_larger(len(request.image.data), services.settings.max_image_bytes)
         return request.image.data
     if isinstance(request.image, ImageUrl):
         return services.fetcher.fetch(request.image.url)

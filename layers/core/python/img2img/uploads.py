@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from img2img import images
-from img2img.errors import FieldError, InvalidRequest, TooLarge
+from img2img.errors import InvalidRequest
 from img2img.ids import new_id
-from img2img.params import unknown_field
+from img2img.params import one_of, parse_fields
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -34,13 +34,10 @@ def announce(services: Services, team: str, body: Any) -> dict[str, Any]:
     """
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
-    unknown = [name for name in body if name != "content_type"]
-    errors = [unknown_field(name, ["content_type"]) for name in unknown]
-    content_type = body.get("content_type", "image/jpeg")
-    if content_type not in images.ACCEPTED_CONTENT_TYPES:
-        errors.append(FieldError("content_type", f"must be one of {', '.join(images.ACCEPTED_CONTENT_TYPES)}"))
+    values, errors = parse_fields(body, {"content_type": one_of(images.ACCEPTED_CONTENT_TYPES)})
     if errors:
         raise InvalidRequest.of_fields(errors)
+    content_type = values.get("content_type", "image/jpeg")
     upload_id = _new_upload_id(services)
     return {
         "id": upload_id,
@@ -53,8 +50,7 @@ def announce(services: Services, team: str, body: Any) -> dict[str, Any]:
 
 def store(services: Services, team: str, data: bytes) -> StoredUpload:
     """Store an image that came in a request body. Raises `TooLarge` and `UnsupportedImage`."""
-    if len(data) > services.settings.max_image_bytes:
-        raise TooLarge.of_field("body", f"must have at most {services.settings.max_image_bytes} bytes")
+    images.refuse_larger(len(data), services.settings.max_image_bytes, field="body")
     info = images.inspect(data, max_pixels=services.settings.max_image_pixels)
     upload_id = _new_upload_id(services)
     services.storage.put_upload(team, upload_id, data, info.content_type)
