@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+# What the functions get from their layer is also used here.
+_CORE = Path(__file__).resolve().parents[1] / "layers" / "core" / "python"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -19,6 +22,7 @@ def _end(_number: int, _frame: object) -> NoReturn:
 def main() -> int:
     for number in _SIGNALS:
         signal.signal(number, _end)
+    sys.path.append(str(_CORE))
     try:
         # Only now: what it imports takes a second, in which Ctrl-C should be quiet too.
         from local.commands import main as run_command

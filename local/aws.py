@@ -6,6 +6,7 @@ import json
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from botocore.config import Config
 from local.template import REGION, Blueprint, Json
 
 _ROOT = Path(__file__).resolve().parent.parent
-_STACK_NAME = "local"
+STACK_NAME = "local"
 
 
 class Aws:
@@ -32,7 +33,9 @@ class Aws:
                 stderr=sink,
                 start_new_session=True,
             )
+        self._session: Any = boto3.Session()
         self._clients: dict[str, Any] = {}
+        self._making = threading.Lock()
         self._port = 0
 
     @property
@@ -73,11 +76,12 @@ class Aws:
 
     def client(self, service: str) -> Any:
         """Return a boto3 client, made once; it is safe to share between threads."""
-        if service not in self._clients:
-            config = Config(max_pool_connections=50, retries={"total_max_attempts": 1}, proxies={})
-            session: Any = boto3.Session()
-            self._clients[service] = session.client(service, config=config, **self.client_options)
-        return self._clients[service]
+        # A session reads some files once, and makes one client at a time.
+        with self._making:
+            if service not in self._clients:
+                config = Config(max_pool_connections=50, retries={"total_max_attempts": 1}, proxies={})
+                self._clients[service] = self._session.client(service, config=config, **self.client_options)
+            return self._clients[service]
 
     @property
     def alive(self) -> bool:
@@ -96,26 +100,26 @@ class Aws:
 
 def provision(aws: Aws, blueprint: Blueprint) -> tuple[dict[str, str], Json]:
     """Create the data resources; return physical ids by logical id, and the blueprint's parts without intrinsics."""
-    stand_ins = _create_secrets(aws, blueprint)
+    stand_ins = _create_secrets(aws, blueprint) | _create_usage_plans(aws, blueprint)
     outputs: dict[str, Any] = {}
     parts = _swap_intrinsics(blueprint.parts, outputs)
     # What CloudFormation does not make here can be referred to all the same: a `Ref` finds a parameter.
-    made_here = {name: {"Type": "String", "Default": arn} for name, arn in stand_ins.items()}
+    made_here = {name: {"Type": "String", "Default": value} for name, value in stand_ins.items()}
     template = {
         **blueprint.stack,
         "Parameters": {**blueprint.stack.get("Parameters", {}), **made_here},
-        "Outputs": {name: {"Value": value} for name, value in outputs.items()},
+        "Outputs": {**blueprint.stack["Outputs"], **{name: {"Value": value} for name, value in outputs.items()}},
     }
     cloudformation = aws.client("cloudformation")
-    cloudformation.create_stack(StackName=_STACK_NAME, TemplateBody=json.dumps(template))
-    stack = cloudformation.describe_stacks(StackName=_STACK_NAME)["Stacks"][0]
+    cloudformation.create_stack(StackName=STACK_NAME, TemplateBody=json.dumps(template))
+    stack = cloudformation.describe_stacks(StackName=STACK_NAME)["Stacks"][0]
     if stack["StackStatus"] != "CREATE_COMPLETE":
         raise RuntimeError(
             f"the data resources could not be created: {stack.get('StackStatusReason', 'no reason given')}"
         )
     values = {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
     resolved: Json = _fill_in(parts, values)
-    described = cloudformation.describe_stack_resources(StackName=_STACK_NAME)["StackResources"]
+    described = cloudformation.describe_stack_resources(StackName=STACK_NAME)["StackResources"]
     ids = stand_ins | {r["LogicalResourceId"]: r["PhysicalResourceId"] for r in described}
     _finish(aws, ids, resolved)
     return ids, resolved
@@ -131,6 +135,12 @@ def _create_secrets(aws: Aws, blueprint: Blueprint) -> dict[str, str]:
             SecretString=value if isinstance(value, str) else secrets.token_urlsafe(32),
         )["ARN"]
     return arns
+
+
+def _create_usage_plans(aws: Aws, blueprint: Blueprint) -> dict[str, str]:
+    # Without limits: nobody here enforces them.
+    client = aws.client("apigateway")
+    return {name: client.create_usage_plan(name=name)["id"] for name in blueprint.usage_plans}
 
 
 def _swap_intrinsics(value: Any, outputs: dict[str, Any]) -> Any:

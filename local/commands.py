@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
+import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import requests
 
 from local.demo import DEFAULT_PROMPT, SAMPLE, DemoFailed, demo
 from local.functions import FunctionError
-from local.stack import API_KEY, LOGS, Stack
+from local.stack import API_KEY, LOGS, ROOT, TEAM, Stack
 from local.template import TemplateError
 
 PORT = 3000
+_ENV = ROOT / ".local" / "aws.env"
+_SHORTEST_KEY = 20
+
+
+class UnusableKey(Exception):
+    """API Gateway would not take the key that was chosen."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.action(options))
-    except (DemoFailed, FunctionError, TemplateError, requests.RequestException) as error:
+    except (DemoFailed, FunctionError, TemplateError, UnusableKey, requests.RequestException) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
@@ -44,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--verbose", action="store_true", help="the functions' logs on the terminal instead of in files")
     run.add_argument("--logs", type=Path, default=LOGS, help="folder of the logs (default: .local/logs)")
+    run.add_argument(
+        "--env",
+        type=Path,
+        default=_ENV,
+        help="file to source for `make admin`, while it runs (default: .local/aws.env)",
+    )
     show = commands.add_parser("demo", help="turn one image into another")
     show.set_defaults(action=_demo, port=0)
     show.add_argument("image", nargs="?", type=Path, default=SAMPLE, help="default: events/sample.jpg")
@@ -64,11 +79,14 @@ def _port(text: str) -> int:
 
 
 def _new_stack(port: int, *, latency: float, logs: Path = LOGS, verbose: bool = False) -> Stack:
+    api_key = _api_key()
+    if len(api_key) < _SHORTEST_KEY:
+        raise UnusableKey(f"API_KEY must have at least {_SHORTEST_KEY} characters, as in API Gateway")
     return Stack(
         port,
         segmind_key=os.environ.get("SEGMIND_API_KEY"),
         latency=latency,
-        api_key=_api_key(),
+        api_key=api_key,
         logs=logs,
         verbose=verbose,
     )
@@ -80,14 +98,34 @@ def _api_key() -> str:
 
 def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    logs = options.logs.resolve()
-    with _new_stack(options.port, latency=options.latency, logs=logs, verbose=options.verbose) as stack:
+    logs, env = options.logs.resolve(), options.env.resolve()
+    with (
+        _new_stack(options.port, latency=options.latency, logs=logs, verbose=options.verbose) as stack,
+        _env_file(env, stack),
+    ):
         shown = "on this terminal" if options.verbose else _short(logs)
-        print(_welcome(stack, time.monotonic() - started, shown), flush=True)
+        print(_welcome(stack, time.monotonic() - started, shown, env), flush=True)
         while stack.alive:
             time.sleep(0.5)
     print(f"error: a part of the system ended by itself; see {_short(logs)}", file=sys.stderr)
     return 1
+
+
+@contextlib.contextmanager
+def _env_file(path: Path, stack: Stack) -> Iterator[None]:
+    """Keep a file that a shell sources to work on the stack's AWS and on no other."""
+    # A profile of the caller's would be looked for, and not found.
+    lines = ["unset AWS_PROFILE AWS_DEFAULT_PROFILE"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in stack.shell.items()]
+    text = "\n".join(lines) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        # Another stack may have written its own since.
+        if path.is_file() and path.read_text() == text:
+            path.unlink()
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -102,7 +140,7 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _welcome(stack: Stack, seconds: float, logs: str) -> str:
+def _welcome(stack: Stack, seconds: float, logs: str, env: Path) -> str:
     backend = "the real API, with the key of SEGMIND_API_KEY"
     if stack.segmind:
         backend = f"simulated; its answers are controlled at {stack.segmind.control_url}"
@@ -115,9 +153,10 @@ def _welcome(stack: Stack, seconds: float, logs: str) -> str:
     )
     return (
         f"API      {stack.url}   (ready after {seconds:.1f} s, Ctrl-C stops it)\n"
-        f"Key      {stack.api_key}   (header x-api-key)\n"
+        f"Key      {stack.api_key}   (header x-api-key; team {TEAM})\n"
         f"Segmind  {backend}\n"
         f"Logs     {logs}\n"
+        f'Admin    . {shlex.quote(_short(env))}; make admin ARGS="team list"\n'
         f"Try\n  {curl}"
     )
 

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -17,16 +17,17 @@ from local.rest_api import Answer, MalformedAnswer, Request, RestApi, Route
 from local.template import ApiSpec
 
 MAX_BODY = 10 * 2**20
+KeyId = Callable[[str], str | None]
 _log = logging.getLogger(__name__)
 
 
 class Gateway:
-    """Serves one REST API on loopback. `keys` maps a key's value to its id."""
+    """Serves one REST API on loopback."""
 
-    def __init__(self, port: int, *, keys: Mapping[str, str], log: Path) -> None:
+    def __init__(self, port: int, *, log: Path) -> None:
         """Take the port; whoever connects before `serve` waits for it."""
-        self.keys = keys
         self._invoke: Invoke = _not_yet
+        self._key_id: KeyId = lambda _value: None
         self._api: RestApi | None = None
         self._server = LoopbackServer(type("GatewayHandler", (_GatewayHandler,), {"gateway": self}), port)
         # After the port: when that is taken, the log may belong to whoever has it.
@@ -42,9 +43,11 @@ class Gateway:
     def url(self) -> str:
         return f"http://{self._server.address}/{self.api.stage}"
 
-    def serve(self, spec: ApiSpec, invoke: Invoke) -> None:
+    def serve(self, spec: ApiSpec, invoke: Invoke, key_id: KeyId) -> None:
+        """Answer requests from now on. `key_id` returns the id of an API key by its value, None to refuse it."""
         self._api = RestApi(spec)
         self._invoke = invoke
+        self._key_id = key_id
         self._server.start()
 
     def stop(self) -> None:
@@ -63,11 +66,12 @@ class Gateway:
             return self.api.own_answer("MISSING_AUTHENTICATION_TOKEN", request)
         request.resource = route.resource
         key = request.headers.get("x-api-key", "")
-        if route.needs_key and key not in self.keys:
+        key_id = self._key_id(key) if route.needs_key and key else None
+        if route.needs_key and not key_id:
             return self.api.own_answer("INVALID_API_KEY", request)
         if route.function is None:
             return self.api.mock(request, route)
-        event = self.api.event(request, route, (self.keys[key], key) if route.needs_key else None)
+        event = self.api.event(request, route, (key_id, key) if key_id else None)
         return self._integrate(request, route, json.dumps(event).encode())
 
     def _integrate(self, request: Request, route: Route, event: bytes) -> Answer:

@@ -19,7 +19,7 @@ What it does next is told through a query on its own port; a list of all of it:
     reset_in=SECONDS how far ahead `x-rate-limit-reset-at-utc` lies
     credits=N        what is left of the account; a call that costs more gets a 406
     key=KEY          the only key accepted from now on
-    release=1        ends every `hang`
+    release=1        ends every `hang`, and answers at once what waits for its latency
     reset=1          back to the start: key, credits, latency, counts and queue
 
 GET /control answers JSON: `calls`, `calls_by_seed`, `billed` (answers with 200), `behaviours` still queued, `credits`.
@@ -130,7 +130,7 @@ class SegmindStandIn:
         self.reset()
 
     def reset(self) -> None:
-        """Go back to how it was made; ends every `hang`."""
+        """Go back to how it was made, after a `release`."""
         self.release()
         with self._lock:
             self.key, self.latency = self._initial
@@ -186,7 +186,7 @@ class SegmindStandIn:
         self.key = key
 
     def release(self) -> None:
-        """End every `hang` that is waiting."""
+        """End every `hang` and latency that is waiting."""
         released, self.released = self.released, threading.Event()
         released.set()
 
@@ -253,10 +253,10 @@ class SegmindStandIn:
             self.billed += 1
             return self.credits
 
-    def rest(self) -> None:
-        """Take as long as an answer takes."""
+    def rest(self, released: threading.Event) -> None:
+        """Take as long as an answer takes, or until the release."""
         if self.latency:
-            self._stopped.wait(self.latency)
+            released.wait(self.latency)
 
     def hang(self, released: threading.Event, connection: socket.socket) -> None:
         """Wait for the release, or for the client to go away."""
@@ -306,7 +306,7 @@ class _Handler(Handler):
         if behaviour in ("hang", "cut-before"):
             self.close_connection = True
             return
-        self.owner.rest()
+        self.owner.rest(released)
         if behaviour in ERRORS:
             self._error(behaviour)
         elif not call["key_accepted"]:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from local.aws import Aws, provision
+from img2img.credits import Credits
+from img2img.gateway_keys import GatewayKeys
+from img2img.teams import TeamStore
+from local.api_keys import ApiKeys
+from local.aws import STACK_NAME, Aws, provision
 from local.functions import Function, FunctionError
 from local.gateway import Gateway
 from local.lambda_runtime import Result
@@ -23,7 +28,8 @@ from local.template import Application, Blueprint, FunctionSpec
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".local" / "logs"
 API_KEY = "local-development-key"
-_API_KEY_ID = "local-development"
+TEAM = "local"
+_CREDITS = 1_000_000  # thousandths
 _STAND_IN_KEY = "simulated-segmind-key"
 # Sandboxes of a function that no event source limits.
 _CONCURRENCY = 40
@@ -32,9 +38,10 @@ _CONCURRENCY = 40
 class Stack:
     """The whole system on one machine.
 
-    `url` is where the API listens, `api_key` the key that it takes, `segmind` the stand-in (None with a key of
-    Segmind's: then the real API is called), `resources` the physical ids by logical id, `logs` the folder with a file
-    for each function, `environment` what each function runs with. With `schedules=False` the clock stands still.
+    `url` is where the API listens, `api_key` the key of its first team, which has a thousand credits, and `api_key_id`
+    that key's id; `segmind` is the stand-in (None with a key of Segmind's: then the real API is called), `resources`
+    the physical ids by logical id, `logs` the folder with a file for each function, `environment` what each function
+    runs with. With `schedules=False` the clock stands still.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Stack:
         schedules: bool = True,
     ) -> None:
         self.api_key = api_key
+        self.api_key_id = ""
         self.logs = logs
         self.segmind: SegmindStandIn | None = None
         self.resources: Mapping[str, str] = {}
@@ -93,6 +101,11 @@ class Stack:
         return self._moto.client_options
 
     @property
+    def shell(self) -> dict[str, str]:
+        """The environment in which an operator's tools work on this stack."""
+        return {**self._moto.environment, "STACK": STACK_NAME}
+
+    @property
     def _moto(self) -> Aws:
         if self._aws is None:
             raise RuntimeError("the stack is not started")
@@ -128,7 +141,7 @@ class Stack:
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         # What is registered first is stopped last. The port comes first: whether it is free shows at once.
-        gateway = self._gateway = Gateway(self._port, keys={self.api_key: _API_KEY_ID}, log=self.logs / "gateway.log")
+        gateway = self._gateway = Gateway(self._port, log=self.logs / "gateway.log")
         self._ending.callback(gateway.stop)
         aws = self._aws = Aws(self._fresh_log("moto"))
         self._ending.callback(aws.close)
@@ -139,10 +152,12 @@ class Stack:
         shared = aws.environment | self._start_segmind() | self._overrides
         for spec in application.functions:
             self._start_function(spec, shared, application)
+        self._create_team()  # while the functions start
         for function in self.functions.values():
             function.wait_until_ready()
         self._start_triggers(application)
-        gateway.serve(application.api, self._call)
+        keys = ApiKeys(self.client("apigateway"), self.resources["UsagePlan"])
+        gateway.serve(application.api, self._call, keys.id_of)
 
     def stop(self) -> None:
         """Stop everything; what was running is cut off."""
@@ -169,6 +184,17 @@ class Stack:
         self.functions[spec.name] = function
         self.environment[spec.name] = {**spec.environment, **shared}
         self._ending.callback(function.close)
+
+    def _create_team(self) -> None:
+        """Create the first team as an operator does, but with clients that are there already."""
+        dynamodb, table = self.client("dynamodb"), self.resources["JobsTable"]
+        teams = TeamStore(dynamodb, table, clock=time.time)
+        teams.create(TEAM)
+        Credits(dynamodb, table, clock=time.time).add(TEAM, _CREDITS)
+        keys = GatewayKeys(self.client("apigateway"), self.resources["UsagePlan"])
+        with keys.new(TEAM, value=self.api_key) as key:
+            teams.add_key(key.id, TEAM, label="development")
+        self.api_key_id = key.id
 
     def _start_triggers(self, application: Application) -> None:
         clock = Clock(application.schedules if self._schedules else (), self._call)

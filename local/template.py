@@ -32,6 +32,7 @@ _DATA_TYPES = {
     "AWS::SNS::Subscription",
 }
 _SECRET = "AWS::SecretsManager::Secret"  # noqa: S105 (a resource type)
+_USAGE_PLAN = "AWS::ApiGateway::UsagePlan"
 
 
 class TemplateError(Exception):
@@ -119,6 +120,7 @@ class Blueprint:
 
     stack: Json
     secrets: dict[str, Json]
+    usage_plans: tuple[str, ...]
     parts: Json
     directories: Mapping[str, Path]
     layers: Mapping[str, tuple[Path, ...]]
@@ -144,12 +146,17 @@ class Blueprint:
                 raise TemplateError(f"the template has no parameter {name}")
             template["Parameters"][name]["Default"] = value
         resources: Json = template["Resources"]
+        data = _data_resources(resources)
+        secrets = _of_type(resources, _SECRET)
+        usage_plans = tuple(_of_type(resources, _USAGE_PLAN))
         return cls(
             stack={
                 **_only(template, "Parameters", "Conditions", "Mappings"),
-                "Resources": _data_resources(resources),
+                "Resources": data,
+                "Outputs": _outputs(template, {*data, *secrets, *usage_plans}),
             },
-            secrets=_of_type(resources, _SECRET),
+            secrets=secrets,
+            usage_plans=usage_plans,
             parts={
                 "functions": {
                     name: _only(p, "Handler", "Timeout", "MemorySize", "Environment")
@@ -212,6 +219,31 @@ def _data_resources(resources: Json) -> Json:
         if resource["Type"] in _DATA_TYPES:
             kept[name] = _only(resource, "Type", "Properties", "Condition")
     return kept
+
+
+def _outputs(template: Json, made: set[str]) -> Json:
+    """Return the outputs that refer to nothing but what is made here."""
+    known = made | set(template["Parameters"])
+    return {
+        name: output
+        for name, output in template.get("Outputs", {}).items()
+        if all(found in known or found.startswith("AWS::") for found in _references(output["Value"]))
+    }
+
+
+def _references(value: Any) -> Iterator[str]:
+    """Yield what a value refers to: parameters, pseudo parameters and resources."""
+    match value:
+        case {"Ref": str(name)} | {"Fn::GetAtt": [str(name), *_]}:
+            yield name
+        case {"Fn::Sub": str(text) | [str(text), *_]}:
+            yield from re.findall(r"\$\{([\w:]+)", text)
+        case dict():
+            for item in value.values():
+                yield from _references(item)
+        case list():
+            for item in value:
+                yield from _references(item)
 
 
 def _only(properties: Json, *keys: str) -> Json:

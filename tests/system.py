@@ -25,6 +25,8 @@ from moto.moto_api._internal import moto_api_backend
 from moto.moto_api._internal.models import MotoAPIBackend
 
 from img2img import bootstrap
+from img2img.audit import audit
+from img2img.credits import Account
 from local.segmind import SegmindStandIn
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,6 +81,7 @@ def rest_event(
     body: Any = None,
     headers: Mapping[str, str] | None = None,
     query: Mapping[str, str] | None = None,
+    key_id: str = API_KEY_ID,
 ) -> dict[str, Any]:
     """Return the event that API Gateway makes of a request. A dict is sent as JSON, bytes as a binary body."""
     sent = {"Host": "api.example", "X-Forwarded-Proto": "https", "Accept": "*/*", **(headers or {})}
@@ -105,7 +108,7 @@ def rest_event(
             "resourcePath": path,
             "httpMethod": method,
             "domainName": "api.example",
-            "identity": {"sourceIp": "203.0.113.1", "apiKeyId": API_KEY_ID, "apiKey": "the-api-key"},
+            "identity": {"sourceIp": "203.0.113.1", "apiKeyId": key_id, "apiKey": "the-api-key"},
         },
         "body": base64.b64encode(body).decode() if binary else body,
         "isBase64Encoded": binary,
@@ -143,9 +146,10 @@ class System:
         body: Any = None,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
+        key_id: str = API_KEY_ID,
     ) -> Answer:
-        """Send one request and return its answer."""
-        raw = function("api").handler(rest_event(method, path, body, headers, query), Context())
+        """Send one request and return its answer. Another `key_id` is another caller."""
+        raw = function("api").handler(rest_event(method, path, body, headers, query, key_id), Context())
         content = raw["body"] or ""
         return Answer(
             raw["statusCode"],
@@ -161,6 +165,13 @@ class System:
     def job(self, job_id: str) -> Any:
         """Read a job."""
         return self.api("GET", f"/jobs/{job_id}").json
+
+    def books(self, team: str = "default") -> Account:
+        """Return a team's account, once its ledger and jobs have confirmed it."""
+        found = audit(self.services.credits, self.services.jobs, team)
+        assert found.still
+        assert found.differences == ()
+        return found.account
 
     def messages(self) -> int:
         """Return how many messages the queue holds, in flight or not."""
@@ -261,6 +272,13 @@ def fresh_aws() -> None:
     _create_resources()
 
 
+def create_team(services: bootstrap.Services, team: str = "default", key_id: str = API_KEY_ID) -> None:
+    """Create a team with a million credits and one API key."""
+    services.teams.create(team)
+    services.teams.add_key(key_id, team, label="test")
+    services.credits.add(team, 1_000_000_000)
+
+
 @contextmanager
 def running_system() -> Iterator[System]:
     """Start a deployment in memory, empty."""
@@ -271,5 +289,7 @@ def running_system() -> Iterator[System]:
         services = bootstrap.services()
         clock = Clock()
         services.clock = clock
+        # By other clients than the functions', which are made when they are first needed, as in production.
+        create_team(bootstrap.Services(services.settings))
         yield System(services, segmind, clock)
         bootstrap.services.cache_clear()

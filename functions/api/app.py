@@ -19,6 +19,7 @@ from img2img import observe, present, uploads
 from img2img.bootstrap import Services, services
 from img2img.errors import (
     AnswerTooLarge,
+    InsufficientCredits,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -28,8 +29,10 @@ from img2img.errors import (
 from img2img.ids import ULID
 from img2img.jobs import Job, OutputStatus
 from img2img.listing import parse_filter
-from img2img.params import Img2ImgRequest, parse_request
-from img2img.submit import Caller, Submission, pictures, submit, watch
+from img2img.params import Img2ImgRequest, parse_params, parse_request
+from img2img.prices import in_credits
+from img2img.submit import BACKEND, Caller, Submission, balance, pictures, submit, watch
+from img2img.usage import as_csv, as_records, grouped, parse_usage_query
 
 logger = Logger()
 metrics = Metrics()
@@ -42,7 +45,7 @@ MAX_ANSWER = 6_000_000 - 100_000
 BINARY_TYPES = ("image/*", "image/jpeg", "image/png", "image/webp", "image/avif")
 EXPOSED_HEADERS = (
     "Location, Content-Location, Retry-After, Preference-Applied, Idempotent-Replayed, "
-    "x-remaining-credits, x-generation-time, x-request-id"
+    "Content-Disposition, x-remaining-credits, x-generation-time, x-request-id"
 )
 
 
@@ -50,7 +53,7 @@ EXPOSED_HEADERS = (
 def prepare() -> None:
     """Make the clients before SnapStart takes its snapshot; nothing connects or reads a secret yet."""
     ready = services()
-    _ = ready.jobs, ready.storage, ready.queue, ready.idempotency
+    _ = ready.jobs, ready.teams, ready.credits, ready.storage, ready.queue, ready.idempotency
 
 
 def _header(name: str) -> str:
@@ -60,7 +63,11 @@ def _header(name: str) -> str:
 
 def _caller(use: Services) -> Caller:
     context = app.current_event.request_context
-    return Caller(use.settings.default_team, context.identity.api_key_id or "", context.request_id)
+    key_id = context.identity.api_key_id or ""
+    logger.append_keys(key_id=key_id)
+    caller = Caller(use.teams.team_of(key_id), key_id, context.request_id)
+    logger.append_keys(team=caller.team)
+    return caller
 
 
 def _base_url() -> str:
@@ -70,6 +77,10 @@ def _base_url() -> str:
     # The last one is the gateway's own; a caller may have sent others.
     scheme = _header("x-forwarded-proto").rpartition(",")[2].strip() or "https"
     return f"{scheme}://{_header('host')}{prefix}"
+
+
+def _first_accepted() -> str:
+    return re.split("[,;]", _header("accept").lower())[0].strip()
 
 
 def _body() -> bytes:
@@ -120,6 +131,7 @@ def _problem(error: ServiceError, headers: dict[str, str] | None = None, **membe
         "detail": error.detail,
         "code": error.code,
         "errors": [{"field": e.field, "detail": e.detail} for e in error.errors],
+        **error.members,
         **members,
     }
     return _answer(error.status, problem, content_type="application/problem+json", headers=headers)
@@ -129,6 +141,9 @@ def _problem(error: ServiceError, headers: dict[str, str] | None = None, **membe
 def on_service_error(error: ServiceError) -> Response[Any]:
     """Answer what the caller can know."""
     logger.info("refused", code=error.code)
+    if isinstance(error, InsufficientCredits):
+        metrics.add_metadata("correlation_id", app.current_event.request_context.request_id)
+        metrics.add_metric("InsufficientCredits", MetricUnit.Count, 1)
     return _problem(error)
 
 
@@ -161,10 +176,11 @@ def _preferred_wait() -> tuple[int, str]:
 def create() -> Response[Any]:
     """Create a job and, unless asked not to, wait for it."""
     use = services()
+    caller = _caller(use)
     request = parse_request(_json_body())
     seconds, applied = _preferred_wait()
     key = _header("idempotency-key") if "idempotency-key" in app.current_event.resolved_headers_field else None
-    submission = submit(use, _caller(use), request, idempotency_key=key, context=app.lambda_context)
+    submission = submit(use, caller, request, idempotency_key=key, context=app.lambda_context)
     job_id = submission.job.id
     logger.append_keys(job_id=job_id)
     logger.info("job created" if not submission.replayed else "job replayed", samples=request.params.samples)
@@ -188,15 +204,15 @@ def _created(use: Services, request: Img2ImgRequest, submission: Submission, job
         return _answer(202, present.job_document(use, job, base_url), headers={**headers, "Retry-After": "1"})
     if submission.replayed:
         headers["Idempotent-Replayed"] = "true"
+    left = balance(use, job.team)
+    if left is not None:
+        headers["x-remaining-credits"] = in_credits(left)
     if job.error:
         return _problem(job.error, headers, job_id=job.id)
     if job.outputs:
         headers["x-generation-time"] = f"{job.generation_seconds:.3f}"
-    if job.remaining_credits is not None:
-        headers["x-remaining-credits"] = f"{job.remaining_credits:.12g}"
     shown = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
-    first_accepted = re.split("[,;]", _header("accept").lower())[0].strip()
-    wants_bytes = bool(shown) and first_accepted in BINARY_TYPES
+    wants_bytes = bool(shown) and _first_accepted() in BINARY_TYPES
     data: list[bytes] | None = None
     if wants_bytes or (shown and request.base64):
         wanted = shown[:1] if wants_bytes else shown
@@ -227,6 +243,43 @@ def upload() -> Response[Any]:
     return _answer(
         201, uploads.announce(use, team, _json_body("application/json, image/* or application/octet-stream"))
     )
+
+
+@app.post("/cost")
+def cost() -> Response[Any]:
+    """Check parameters and name their price; nothing is created."""
+    use = services()
+    _caller(use)
+    params = parse_params(_json_body())
+    return _answer(200, present.cost_document(params, BACKEND, use.prices.quote(params, BACKEND)))
+
+
+@app.get("/balance")
+def read_balance() -> Response[Any]:
+    """Read the team's account."""
+    use = services()
+    team = _caller(use).team
+    return _answer(200, present.account_document(team, use.credits.account(team)))
+
+
+@app.get("/usage")
+def read_usage() -> Response[Any]:
+    """Report what the team used, as JSON or CSV."""
+    use = services()
+    team = _caller(use).team
+    query = parse_usage_query(app.current_event.query_string_parameters, now=use.clock())
+    rows = grouped(use.usage.rows(team, query.since, query.until), query.group_by)
+    labels = {key.id: key.label for key in use.teams.keys(team)} if "key" in query.group_by else {}
+    if _first_accepted() == "text/csv":
+        text = as_csv(as_records(rows, query.group_by, labels), query.group_by)
+        name = f"usage-{team}-{query.since}-{query.until}.csv"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        answer = _answer(200, text, content_type="text/csv; charset=utf-8", headers=headers)
+    else:
+        answer = _answer(200, present.usage_document(query, rows, labels))
+    if len(json.dumps(answer.body)) > MAX_ANSWER:
+        raise AnswerTooLarge("The report does not fit into one answer; ask for fewer days or group by less")
+    return answer
 
 
 @app.get("/jobs")

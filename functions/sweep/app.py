@@ -1,4 +1,4 @@
-"""Every minute: send again or fail the jobs that are overdue."""
+"""Every minute: send again or fail the jobs that are overdue, and count the teams that are low on credits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from img2img import observe
 from img2img.bootstrap import services
-from img2img.sweep import sweep
+from img2img.sweep import low_balances, sweep
 
 logger = Logger()
 metrics = Metrics()
@@ -20,12 +20,14 @@ metrics = Metrics()
 @observe.flushed(metrics)
 def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, int]:
     """Sweep once. Raises when a job had to be skipped, so that the alarm on errors sees it."""
-    done = sweep(services())
+    use = services()
+    metrics.add_metadata("correlation_id", event["id"])
+    done = sweep(use)
     if done:
         logger.info("swept", extra={name: done[name] for name in ("failed", "succeeded", "resent", "skipped")})
-        metrics.add_metadata("correlation_id", event["id"])
         metrics.add_metric("JobsSucceeded", MetricUnit.Count, done["succeeded"])
         metrics.add_metric("JobsFailed", MetricUnit.Count, done["failed"])
+    metrics.add_metric("TeamsLowOnCredits", MetricUnit.Count, len(low_balances(use)))
     if done["skipped"]:
         raise RuntimeError(f"{done['skipped']} jobs were skipped")
     return dict(done)

@@ -15,21 +15,24 @@ from tests.system import Context, function, rest_event
 
 @pytest.fixture
 def refuse(system):
-    """Return a function that has the next calls of an operation fail: with a status, or without an answer."""
-    left: dict[str, tuple[int, int | None]] = {}
+    """Return a function that has the next calls of an operation fail: with a status, or without an answer.
 
-    def handler(model: Any, **_: Any) -> tuple[AWSResponse, Any] | None:
-        times, status = left.get(model.name, (0, None))
-        if not times:
+    `about` are bytes that a call's body holds, if only such calls are to fail.
+    """
+    left: dict[str, tuple[int, int | None, bytes]] = {}
+
+    def handler(model: Any, params: Any, **_: Any) -> tuple[AWSResponse, Any] | None:
+        times, status, about = left.get(model.name, (0, None, b""))
+        if not times or (about and about not in params["body"]):
             return None
-        left[model.name] = (times - 1, status)
+        left[model.name] = (times - 1, status, about)
         if status is None:
             raise EndpointConnectionError(endpoint_url="https://aws.example")
         error = {"Error": {"Code": "Refused", "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
         return AWSResponse("https://aws.example", status, {}, None), error
 
-    def start(operation: str, times: int = 1, status: int | None = None) -> None:
-        left[operation] = (times, status)
+    def start(operation: str, times: int = 1, status: int | None = None, about: bytes = b"") -> None:
+        left[operation] = (times, status, about)
 
     # The functions make their clients, each with a copy of these events, when they first need them.
     events = boto3.DEFAULT_SESSION.events
@@ -38,7 +41,18 @@ def refuse(system):
     events.unregister("before-call", handler)
 
 
+def test_a_key_that_cannot_be_looked_up_lets_nobody_in_and_costs_nothing(system, refuse):
+    refuse("GetItem")
+    answer = system.create()
+    assert (answer.status, answer.json["code"]) == (500, "internal_error")
+    assert system.objects("uploads") == []
+    assert system.messages() == 0
+    assert system.books().reserved == 0
+    assert system.create().status == 202
+
+
 def test_a_watched_job_that_cannot_be_read_is_still_the_callers(system, refuse):
+    system.api("GET", "/jobs")
     refuse("GetItem", times=100)
     answer = system.create(wait=1)
     assert answer.status == 202
@@ -58,6 +72,16 @@ def test_pictures_that_cannot_be_read_are_left_to_their_urls(system, refuse, ask
     assert "image" not in answer.json
 
 
+def test_an_answer_goes_out_without_a_balance_that_cannot_be_read(system, refuse):
+    key = {"Idempotency-Key": "k"}
+    system.create(headers=key)
+    system.deliver()
+    refuse("GetItem", times=10, about=b'{"S": "TEAM"}')
+    answer = system.create(wait=5, headers=key)
+    assert (answer.status, answer.json["status"]) == (200, "succeeded")
+    assert "x-remaining-credits" not in answer.headers
+
+
 def test_an_input_that_cannot_be_read_is_read_again_without_waiting_for_the_lease(system, refuse):
     job_id = system.create().json["id"]
     refuse("GetObject")
@@ -74,9 +98,22 @@ def test_a_job_that_cannot_be_finished_is_finished_later_and_paid_once(system, r
     refuse("TransactWriteItems")
     [record] = system.receive()
     assert not system.work(record)
+    assert system.books().reserved == 2000
     assert system.work(record)
     assert system.job(job_id)["status"] == "succeeded"
     assert len(system.segmind.calls) == 2
+    books = system.books()
+    assert (books.reserved, books.charged) == (0, 2000)
+
+
+def test_a_job_that_cannot_be_canceled_is_canceled_later_and_paid_for_once(system, refuse):
+    job_id = system.create().json["id"]
+    refuse("TransactWriteItems")
+    assert system.api("POST", f"/jobs/{job_id}/cancel").status == 500
+    assert (system.job(job_id)["status"], system.books().reserved) == ("queued", 1000)
+    assert system.api("POST", f"/jobs/{job_id}/cancel").status == 200
+    books = system.books()
+    assert (books.reserved, books.charged) == (0, 0)
 
 
 @pytest.mark.parametrize(("status", "calls"), [(503, 2), (None, 2), (403, 1)])
@@ -127,9 +164,12 @@ def test_a_canceled_jobs_partial_outputs_are_gone(system):
     assert len(system.objects("results")) == 1
     canceled = system.api("POST", f"/jobs/{job_id}/cancel").json
     assert (canceled["status"], canceled["outputs"]) == ("canceled", [])
+    assert (canceled["credits"]["charged"], canceled["credits"]["released"]) == (0, 2000)
     assert system.work(record)
     assert system.objects("results") == []
     assert system.api("GET", f"/jobs/{job_id}/outputs/0").status == 404
+    books = system.books()
+    assert (books.reserved, books.charged) == (0, 0)
 
 
 def test_the_key_of_a_deleted_job_says_so(system):

@@ -539,7 +539,7 @@ def test_no_picture_is_made_twice_because_aws_failed_for_a_moment(system, aws, o
     assert system.segmind.summary()["calls_by_seed"] == {"7": 1, "8": 1}
 
 
-# What is left of the account
+# What is left of Segmind's account, and of the team's
 
 
 def metrics(out: str) -> list[dict[str, Any]]:
@@ -547,10 +547,11 @@ def metrics(out: str) -> list[dict[str, Any]]:
     return [line for line in lines if "_aws" in line]
 
 
-def test_the_remaining_credits_become_a_metric_and_a_header(system, capsys):
+def test_segminds_remaining_credits_become_a_metric_and_are_no_callers_business(system, capsys):
     system.segmind.credits = 50.0
     answer = waited_for(system, samples=2)
-    assert answer.headers["x-remaining-credits"] == "49.992"
+    assert answer.headers["x-remaining-credits"] == "999998"
+    assert b"49.99" not in answer.content
     [found] = [line for line in metrics(capsys.readouterr().out) if "SegmindRemainingCredits" in line]
     assert found["SegmindRemainingCredits"] == [49.992]
     [directive] = found["_aws"]["CloudWatchMetrics"]
@@ -560,12 +561,32 @@ def test_the_remaining_credits_become_a_metric_and_a_header(system, capsys):
 
 
 @pytest.mark.parametrize(
-    ("left", "shown"), [(12.504, "12.5"), (1_234_567.254, "1234567.25"), (1000.004, "1000"), (0.004, "0")]
+    ("left", "shown"),
+    [(12_500, "12.5"), (1_234_567_250, "1234567.25"), (1_000_000, "1000"), (1, "0.001"), (10, "0.01"), (0, "0")],
 )
-def test_the_remaining_credits_are_a_plain_number(system, left, shown):
-    system.segmind.credits = left
+def test_the_remaining_credits_are_the_teams_balance_as_a_plain_number(system, left, shown):
+    price, balance = 1000, system.books().balance
+    system.services.credits.add("default", left + price - balance)
     answer = waited_for(system)
+    assert answer.status == 200
     assert answer.headers["x-remaining-credits"] == shown
+    assert system.books().balance == left
+
+
+def test_the_remaining_credits_of_a_failed_job_are_what_they_were(system):
+    system.segmind.behave("400")
+    answer = waited_for(system)
+    assert (answer.status, answer.headers["x-remaining-credits"]) == (502, "1000000")
+
+
+def test_a_sample_that_failed_or_was_blocked_is_not_charged(system):
+    for behaviour in ("400", "black"):
+        system.segmind.behave(behaviour)
+    answer = waited_for(system, samples=4)
+    assert answer.status == 200
+    assert answer.headers["x-remaining-credits"] == "999998"
+    assert answer.json["credits"] == {"reserved": 4000, "charged": 2000, "released": 2000, "price_version": "1:1000"}
+    assert system.books().charged == 2000
 
 
 def test_the_remaining_credits_of_an_earlier_attempt_are_kept(system, capsys):

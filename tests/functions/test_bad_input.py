@@ -12,7 +12,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -48,10 +48,16 @@ def finished_job(system):
     return created.json["id"]
 
 
+def items(system: System) -> Iterator[dict[str, Any]]:
+    shown = "pk, sk, balance, entries, charged"
+    for page in system.dynamodb.get_paginator("scan").paginate(TableName="jobs", ProjectionExpression=shown):
+        yield from page["Items"]
+
+
 def state(system: System) -> dict[str, Any]:
     """Return all that a request could leave behind."""
     return {
-        "jobs": system.dynamodb.scan(TableName="jobs", ProjectionExpression="pk, sk")["Items"],
+        "items": list(items(system)),
         "messages": system.messages(),
         "uploads": system.objects("uploads"),
         "calls": len(system.segmind.calls),
@@ -678,8 +684,8 @@ NEAR_MISSES = st.fixed_dictionaries(
 
 
 def test_any_body_is_refused_with_a_problem_or_makes_a_job(system):
-    accepted = 0
-    before = state(system)
+    accepted = price = 0
+    before, books = state(system), system.books()
 
     # The same bodies everywhere: a build does not fail by chance.
     @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -695,10 +701,11 @@ def test_any_body_is_refused_with_a_problem_or_makes_a_job(system):
     )
     @example(body=json.dumps(good()))
     def check(body: Any) -> None:
-        nonlocal accepted
+        nonlocal accepted, price
         answer = create(system, body)
         if answer.status == 202:
             accepted += 1
+            price += answer.json["credits"]["reserved"]
         else:
             assert answer.status in (400, 404, 413, 415), answer.content
             assert_problem(answer, answer.status, answer.json["code"])
@@ -706,7 +713,9 @@ def test_any_body_is_refused_with_a_problem_or_makes_a_job(system):
     check()
     after = state(system)
     assert accepted, "the bodies have become too far from good ones"
-    assert len(after["jobs"]) - len(before["jobs"]) == accepted
+    # Each a job and its entry of the ledger.
+    assert len(after["items"]) - len(before["items"]) == 2 * accepted
+    assert system.books().balance == books.balance - price
     assert len(after["uploads"]) - len(before["uploads"]) == accepted
     assert after["messages"] - before["messages"] == accepted
     assert after["calls"] == before["calls"]

@@ -12,7 +12,9 @@ def sample(name: str) -> dict:
 
 
 def test_the_api_event_makes_a_job_that_runs(system):
-    answer = function("api").handler(sample("api-create.json"), Context())
+    event = sample("api-create.json")
+    system.services.teams.add_key(event["requestContext"]["identity"]["apiKeyId"], "default", label="sample")
+    answer = function("api").handler(event, Context())
     assert answer["statusCode"] == 202
     assert system.deliver() == 1
     assert system.job(json.loads(answer["body"])["id"])["status"] == "succeeded"

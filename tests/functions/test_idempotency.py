@@ -7,7 +7,6 @@ import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,13 +15,14 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
-from img2img.errors import IdempotencyInFlight
+from img2img.errors import IdempotencyInFlight, InsufficientCredits
 from img2img.params import parse_request
 from img2img.submit import Caller, Submission, submit
-from tests.system import API_KEY_ID, Answer, Context, System
+from tests.system import API_KEY_ID, Answer, Context, System, create_team
 
 KEY = "order-17"
 CREATE = {"PutObject": 1, "TransactWriteItems": 1, "SendMessage": 1}
+PRICE = 1000
 
 
 class Killed(BaseException):
@@ -67,6 +67,8 @@ def aws(system) -> Iterator[Aws]:
     events = boto3.DEFAULT_SESSION.events
     events.register("before-call", calls.before)
     events.register("after-call", calls.after)
+    # A key is looked up once a minute; one test below counts that.
+    system.services.teams.team_of(API_KEY_ID)
     yield calls
     events.unregister("before-call", calls.before)
     events.unregister("after-call", calls.after)
@@ -85,10 +87,21 @@ def ask(system: System, key: str | None = KEY, wait: int = 0, header: str = "Ide
     return system.create(wait=wait, headers=headers, **{"image": picture(), **fields})
 
 
+def leave(system: System, balance: int) -> None:
+    """Leave the team so many thousandths of a credit."""
+    system.services.credits.add("default", balance - system.books().balance)
+
+
+def assert_charged(system: System, images: int) -> None:
+    """Check that nothing is held any more, and that so many images have been paid for."""
+    books = system.books()
+    assert (books.reserved, books.charged) == (0, images * PRICE)
+
+
 def ask_elsewhere(system: System, key: str = KEY, **fields: Any) -> Submission:
     """Make the same request as another instance of the function does, without its own HTTP side."""
     request = parse_request({"image": picture(), "prompt": "a castle on a hill", **fields})
-    caller = Caller(system.services.settings.default_team, API_KEY_ID, "another-request")
+    caller = Caller("default", API_KEY_ID, "another-request")
     return submit(system.services, caller, request, idempotency_key=key, context=Context())
 
 
@@ -122,6 +135,20 @@ def test_a_replay_after_the_end_answers_with_the_finished_job(system):
     assert replayed.headers["location"].endswith(job_id)
     assert system.messages() == 0
     assert len(jobs(system)) == len(system.segmind.calls) == 1
+    assert_charged(system, 1)
+
+
+def test_a_replay_needs_no_credits(system):
+    leave(system, PRICE)
+    created = ask(system)
+    assert system.books().balance == 0
+    assert ask(system, KEY + "1").status == 402
+    assert (ask(system).status, ask(system).json["id"]) == (202, created.json["id"])
+    system.deliver()
+    replayed = ask(system)
+    assert (replayed.status, replayed.json["id"]) == (200, created.json["id"])
+    assert replayed.headers["x-remaining-credits"] == "0"
+    assert_charged(system, 1)
 
 
 def test_a_replay_of_a_failed_job_is_the_same_problem(system):
@@ -132,6 +159,7 @@ def test_a_replay_of_a_failed_job_is_the_same_problem(system):
     assert (replayed.status, replayed.json["code"], replayed.json["job_id"]) == (502, "backend_refused", job_id)
     assert replayed.headers["idempotent-replayed"] == "true"
     assert len(system.segmind.calls) == 1
+    assert_charged(system, 0)
 
 
 def test_a_replay_of_a_canceled_job_is_that_job(system):
@@ -241,15 +269,29 @@ def test_a_key_that_is_none_is_refused(system, key):
 
 
 def test_another_teams_key_is_another_key(system):
-    first = ask(system)
-    ours = system.services.settings
-    system.services.settings = replace(ours, default_team="other")
-    other = ask(system, prompt="a boat")
+    create_team(system.services, "other", "key-of-the-other")
+
+    def ask_as_other() -> Answer:
+        body = {"image": picture(), "prompt": "a boat"}
+        headers = {"Prefer": "wait=0", "Idempotency-Key": KEY}
+        return system.api("POST", "/sd1.5-img2img", body, headers, key_id="key-of-the-other")
+
+    first, other = ask(system), ask_as_other()
     assert other.status == 202
     assert other.json["id"] != first.json["id"]
-    assert ask(system, prompt="a boat").json["id"] == other.json["id"]
-    system.services.settings = ours
+    assert ask_as_other().json["id"] == other.json["id"]
     assert ask(system).json["id"] == first.json["id"]
+    assert system.books().reserved == system.books("other").reserved == PRICE
+
+
+def test_a_teams_second_api_key_finds_what_the_first_one_made(system):
+    system.services.teams.add_key("second-key", "default", label="second")
+    first = ask(system)
+    body = {"image": picture(), "prompt": "a castle on a hill"}
+    headers = {"Prefer": "wait=0", "Idempotency-Key": KEY}
+    again = system.api("POST", "/sd1.5-img2img", body, headers, key_id="second-key")
+    assert (again.status, again.json["id"]) == (202, first.json["id"])
+    assert system.books().reserved == PRICE
 
 
 def test_a_key_is_forgotten_after_a_day(system):
@@ -284,6 +326,32 @@ def test_a_refused_request_leaves_its_key_free(system, wrong, status):
     assert len(jobs(system)) == 1
 
 
+def test_a_request_that_the_team_could_not_pay_leaves_its_key_free_and_nothing_else(system):
+    leave(system, PRICE - 1)
+    for _ in range(2):
+        refused = ask(system)
+        assert (refused.status, refused.json["code"]) == (402, "insufficient_credits")
+        assert (refused.json["price"], refused.json["balance"]) == (PRICE, PRICE - 1)
+    assert jobs(system) == system.objects("uploads") == []
+    assert system.messages() == 0
+    assert system.books().balance == PRICE - 1
+    leave(system, PRICE)
+    created = ask(system)
+    assert created.status == 202
+    assert ask(system).json["id"] == created.json["id"]
+    assert len(jobs(system)) == system.messages() == 1
+
+
+def test_a_team_that_was_disabled_a_moment_ago_creates_nothing(system):
+    assert ask(system, None).status == 202
+    system.services.teams.enable("default", enabled=False)
+    refused = ask(system)
+    assert (refused.status, refused.json["code"]) == (403, "team_disabled")
+    system.services.teams.enable("default", enabled=True)
+    assert len(jobs(system)) == system.messages() == len(system.objects("uploads")) == 1
+    assert ask(system).status == 202
+
+
 @pytest.mark.parametrize("operation", ["PutObject", "TransactWriteItems"])
 def test_a_request_that_aws_failed_can_be_sent_again(system, aws, operation):
     def fail() -> None:
@@ -294,6 +362,7 @@ def test_a_request_that_aws_failed_can_be_sent_again(system, aws, operation):
     assert (failed.status, failed.json["code"]) == (500, "internal_error")
     assert ask(system).status == 202
     assert len(jobs(system)) == system.messages() == 1
+    assert system.books().reserved == PRICE
 
 
 def test_a_job_that_could_not_be_sent_is_a_job_still(system, aws):
@@ -336,6 +405,23 @@ def test_a_crash_after_the_job_was_written_leads_back_to_that_job(system, aws, p
     assert ask(system).json["id"] == job["id"]
     assert len(jobs(system)) == len(system.segmind.calls) == 1
     assert system.messages() == 0
+    assert_charged(system, 1)
+
+
+def test_a_crash_after_the_last_credits_were_reserved_leads_back_to_that_job(system, aws):
+    leave(system, PRICE)
+    aws.once_at("after TransactWriteItems", die)
+    with pytest.raises(Killed):
+        ask(system)
+    [job] = jobs(system)
+    assert system.books().balance == 0
+    let_the_crashed_request_expire(system)
+    assert ask(system, prompt="a boat").json["code"] == "idempotency_key_reused"
+    found = ask(system)
+    assert (found.status, found.json["id"]) == (202, job["id"])
+    system.deliver()
+    assert ask(system).json["status"] == "succeeded"
+    assert_charged(system, 1)
 
 
 def test_a_job_that_ended_before_its_request_was_repeated_is_not_sent_again(system, aws):
@@ -358,8 +444,10 @@ def test_a_crash_before_the_job_was_written_leaves_none(system, aws, place):
     assert jobs(system) == []
     assert ask(system).status == 409
     let_the_crashed_request_expire(system)
+    assert system.books().reserved == 0
     assert ask(system).status == 202
     assert len(jobs(system)) == system.messages() == 1
+    assert system.books().reserved == PRICE
 
 
 # Crowds
@@ -392,6 +480,19 @@ def test_a_second_request_between_any_two_steps_of_the_first(system, aws, place)
     system.deliver()
     assert ask(system).json["status"] == "succeeded"
     assert len(system.segmind.calls) == 1
+    assert_charged(system, 1)
+
+
+def test_of_two_requests_for_the_last_credits_one_is_refused(system, aws):
+    leave(system, PRICE)
+    others: list[Answer] = []
+    aws.once_at("before TransactWriteItems", lambda: others.append(ask(system, "another")))
+    with pytest.raises(InsufficientCredits) as refused:
+        ask_elsewhere(system)
+    assert [answer.status for answer in others] == [202]
+    assert (refused.value.price, refused.value.balance) == (PRICE, 0)
+    assert len(jobs(system)) == system.messages() == len(system.objects("uploads")) == 1
+    assert system.books().reserved == PRICE
 
 
 def test_twenty_requests_between_the_steps_of_the_first_one(system, aws):
@@ -412,6 +513,7 @@ def test_twenty_requests_between_the_steps_of_the_first_one(system, aws):
     assert len(jobs(system)) == system.messages() == 1
     system.deliver()
     assert len(system.segmind.calls) == 1
+    assert_charged(system, 1)
 
 
 def test_another_payload_in_flight_is_never_taken_for_the_first(system, aws):
@@ -455,14 +557,46 @@ def calls_of(aws: Aws, what: Callable[[], Any]) -> dict[str, int]:
     return dict(aws.made)
 
 
+def test_a_key_is_looked_up_once_a_minute(system, aws):
+    for _ in range(2):
+        assert calls_of(aws, lambda: system.api("GET", "/jobs")) == {"Query": 1}
+        system.clock.advance(60)
+        assert calls_of(aws, lambda: system.api("GET", "/jobs")) == {"GetItem": 2, "Query": 1}
+        system.clock.advance(30)
+    assert calls_of(aws, lambda: system.api("GET", "/jobs", key_id="unknown")) == {"GetItem": 1}
+
+
 def test_the_calls_of_a_create(system, aws):
     assert calls_of(aws, lambda: ask(system, None)) == CREATE
+
+
+def test_the_calls_of_a_create_that_is_waited_for(system, aws):
+    ask(system, None)
+    system.deliver()
+
+    def sleep(_: float) -> None:
+        made = aws.made.copy()
+        system.deliver()
+        aws.made = made
+
+    system.services.sleep = sleep
+    # The job as it has ended, then the balance.
+    assert calls_of(aws, lambda: ask(system, None, wait=25)) == CREATE | {"GetItem": 2}
+
+
+def test_the_calls_of_a_create_that_the_team_cannot_pay(system, aws):
+    leave(system, 0)
+    refused = {"PutObject": 1, "TransactWriteItems": 1, "DeleteObject": 1}
+    assert calls_of(aws, lambda: ask(system, None)) == refused
+    assert calls_of(aws, lambda: ask(system)) == refused | {"PutItem": 1, "DeleteItem": 1}
 
 
 def test_the_calls_of_a_create_with_a_key(system, aws):
     assert calls_of(aws, lambda: ask(system)) == CREATE | {"PutItem": 1, "UpdateItem": 1}
     assert calls_of(aws, lambda: ask(system)) == {"PutItem": 1, "GetItem": 1}
     assert calls_of(aws, lambda: ask(system, prompt="a boat")) == {"PutItem": 1}
+    system.deliver()
+    assert calls_of(aws, lambda: ask(system)) == {"PutItem": 1, "GetItem": 2}
 
 
 def test_the_calls_of_a_create_from_an_upload(system, aws):
@@ -495,7 +629,18 @@ def test_the_calls_of_reading(system, aws):
     assert calls_of(aws, lambda: system.job(job_id)) == {"GetItem": 1}
     assert calls_of(aws, lambda: system.api("GET", f"/jobs/{job_id}/outputs/3")) == {"GetItem": 1}
     assert calls_of(aws, lambda: system.api("GET", "/jobs")) == {"Query": 1}
-    assert calls_of(aws, lambda: system.api("POST", f"/jobs/{job_id}/cancel")) == {"UpdateItem": 1}
+    assert calls_of(aws, lambda: system.api("POST", f"/jobs/{job_id}/cancel")) == {"GetItem": 1}
+    assert calls_of(aws, lambda: system.api("GET", "/balance")) == {"GetItem": 1}
+    assert calls_of(aws, lambda: system.api("GET", "/usage")) == {"Query": 2}
+    assert calls_of(aws, lambda: system.api("GET", "/usage", query={"group_by": "day"})) == {"Query": 1}
+    assert calls_of(aws, lambda: system.api("POST", "/cost", {})) == {}
+
+
+def test_the_calls_of_a_cancel(system, aws):
+    job_id = ask(system, None).json["id"]
+    cancel = {"GetItem": 1, "TransactWriteItems": 1}
+    assert calls_of(aws, lambda: system.api("POST", f"/jobs/{job_id}/cancel")) == cancel
+    assert calls_of(aws, lambda: system.api("POST", f"/jobs/{job_id}/cancel")) == {"GetItem": 1}
 
 
 @pytest.mark.parametrize("samples", [1, 4])
@@ -527,9 +672,11 @@ def test_a_message_that_comes_again_makes_one_call(system, aws):
 
 
 def test_the_calls_of_a_sweep(system, aws):
-    assert calls_of(aws, system.sweep) == {"Query": 4}
+    # The four shards of what is open, and the teams' balances.
+    looks = {"Query": 4 + 1, "BatchGetItem": 1}
+    assert calls_of(aws, system.sweep) == looks
     ask(system, None)
     system.clock.advance(61)
-    assert calls_of(aws, system.sweep) == {"Query": 4, "UpdateItem": 1, "SendMessage": 1}
+    assert calls_of(aws, system.sweep) == looks | {"UpdateItem": 1, "SendMessage": 1}
     system.clock.advance(1800)
-    assert calls_of(aws, system.sweep) == {"Query": 4, "TransactWriteItems": 1}
+    assert calls_of(aws, system.sweep) == looks | {"TransactWriteItems": 1}

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from img2img.listing import JobFilter
-from tests.system import ROOT, Context, function, rest_event
+from tests.system import ROOT, Context, create_team, function, rest_event
 
 
 def fetch(system, url: str) -> bytes:
@@ -95,7 +95,7 @@ def test_segmind_is_asked_for_exactly_what_the_caller_asked_for(system):
     assert sorted(sent, key=lambda body: body["seed"]) == [{**expected, "seed": 7}, {**expected, "seed": 8}]
 
 
-def test_a_waiting_caller_gets_the_finished_job_with_segminds_headers(system):
+def test_a_waiting_caller_gets_the_finished_job_with_its_headers(system):
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(system.create, wait=20)
         while not system.messages():
@@ -106,7 +106,8 @@ def test_a_waiting_caller_gets_the_finished_job_with_segminds_headers(system):
     assert answer.json["status"] == "succeeded"
     assert answer.headers["preference-applied"] == "wait=20"
     assert float(answer.headers["x-generation-time"]) > 0
-    assert float(answer.headers["x-remaining-credits"]) > 0
+    assert answer.headers["x-remaining-credits"] == "999999"
+    assert answer.json["credits"] == {"reserved": 1000, "charged": 1000, "released": 0, "price_version": "1:1000"}
     assert answer.headers["x-request-id"]
     assert answer.headers["location"].endswith(f"/v1/jobs/{answer.json['id']}")
     assert answer.headers["access-control-allow-origin"] == "*"
@@ -311,15 +312,30 @@ def test_a_job_canceled_while_it_runs_leaves_no_result(system):
     assert system.objects("results") == []
 
 
-def test_another_teams_job_is_not_found(system, monkeypatch):
+def test_another_teams_job_is_not_found(system):
     job = succeeded(system)
-    monkeypatch.setenv("DEFAULT_TEAM", "other")
-    from img2img import bootstrap
-
-    bootstrap.services.cache_clear()
+    create_team(system.services, "other", "key-of-the-other")
     for method, path in [("GET", ""), ("GET", "/outputs/0"), ("POST", "/cancel"), ("DELETE", "")]:
-        assert system.api(method, f"/jobs/{job['id']}{path}").status == 404
-    assert system.api("GET", "/jobs").json["jobs"] == []
+        assert system.api(method, f"/jobs/{job['id']}{path}", key_id="key-of-the-other").status == 404
+    assert system.api("GET", "/jobs", key_id="key-of-the-other").json["jobs"] == []
+    shown = system.job(job["id"])
+    assert (shown["status"], shown["outputs"][0]["sha256"]) == ("succeeded", job["outputs"][0]["sha256"])
+
+
+def test_a_teams_keys_share_its_jobs(system):
+    job = succeeded(system)
+    system.services.teams.add_key("second-key", "default", label="second")
+    assert system.api("GET", f"/jobs/{job['id']}", key_id="second-key").json["id"] == job["id"]
+
+
+def test_another_teams_upload_is_not_found(system):
+    create_team(system.services, "other", "key-of-the-other")
+    photo = (ROOT / "events" / "photo.webp").read_bytes()
+    upload = system.api("POST", "/uploads", photo, {"Content-Type": "image/webp"}).json["id"]
+    body = {"image": upload, "prompt": "a castle"}
+    answer = system.api("POST", "/sd1.5-img2img", body, {"Prefer": "wait=0"}, key_id="key-of-the-other")
+    assert (answer.status, answer.json["code"]) == (404, "not_found")
+    assert system.api("POST", "/sd1.5-img2img", body, {"Prefer": "wait=0"}).status == 202
 
 
 def test_health_needs_no_settings_but_its_own(system):

@@ -101,6 +101,10 @@ class Scenario:
         self.api("DELETE", f"/jobs/{job_id}")
         self.api("GET", f"/jobs/{job_id}")
         self.system.deliver()
+        self.api("POST", "/cost", {"prompt": PROMPT, "metadata": METADATA, "samples": 2})
+        self.api("GET", "/balance")
+        self.api("GET", "/usage")
+        self.api("GET", "/usage", headers={"Accept": "text/csv"})
 
     def bad_requests(self) -> None:
         self.create(samples=9)
@@ -117,6 +121,18 @@ class Scenario:
         self.api("GET", "/jobs/no-id")
         self.api("GET", "/jobs", query={"vermilion": "1"})
         self.api("GET", "/no/such/route")
+        self.api("POST", "/cost", {"prompt": [PROMPT]})
+        self.api("GET", "/usage", query={"vermilion": "1"})
+
+    def refused_callers(self) -> None:
+        teams = self.system.services.teams
+        teams.create("poor")
+        for key_id in ("key-of-the-poor", "disabled-key"):
+            teams.add_key(key_id, "poor", label=key_id)
+        teams.enable_key("disabled-key", enabled=False)
+        body = {"image": base64.b64encode(picture()).decode(), "prompt": PROMPT, "metadata": METADATA}
+        for key_id in ("key-of-the-poor", "disabled-key", "unknown-key"):
+            self.api("POST", "/sd1.5-img2img", body, {"x-api-key": API_KEY, "Prefer": "wait=0"}, key_id=key_id)
 
     def bad_days_of_segmind(self) -> None:
         for behaviour in ("400", "401", "403", "405", "406-credits", "429", "500", "cut", "html", "garbage", "black"):
@@ -160,6 +176,7 @@ class Scenario:
             self.system.clock.advance(seconds)
             self.system.sweep()
         self.system.deliver()
+        self.system.sweep()
 
     def odd_messages(self) -> None:
         named = {"team": "default", "job_id": "01ARZ3NDEKTSV4RRFFQ69G5FAV", "correlation_id": "c"}
@@ -217,6 +234,7 @@ def main() -> None:
         scenario = Scenario(system)
         scenario.good_days()
         scenario.bad_requests()
+        scenario.refused_callers()
         scenario.bad_days_of_segmind()
         scenario.an_echo_in_segminds_place()
         scenario.sweeps()
@@ -316,6 +334,20 @@ def test_a_job_that_the_sweep_ended_can_be_found_by_its_request(written):
     assert late
     for line in late:
         assert line["correlation_id"] == asked[line["job_id"]]
+
+
+def test_every_request_of_a_known_key_names_its_team(written):
+    answered = [line for line in written.of("answered") if line.get("team")]
+    assert len(answered) > 60
+    assert {(line["team"], line["key_id"]) for line in answered} == {
+        ("default", "key-of-the-test"),
+        ("poor", "key-of-the-poor"),
+    }
+
+
+def test_callers_that_are_refused_are_logged_with_the_reason(written):
+    codes = {line["code"] for line in written.of("refused")}
+    assert codes >= {"insufficient_credits", "key_disabled", "key_unknown"}
 
 
 def test_what_nothing_foresaw_is_logged_with_its_place_alone(written):

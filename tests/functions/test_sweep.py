@@ -16,7 +16,7 @@ from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
 from img2img.errors import BackendUnreachable
-from img2img.jobs import Status
+from img2img.jobs import Status, given_up
 from img2img.sweep import sweep
 from tests.system import System
 
@@ -89,6 +89,12 @@ def crashed(system: System, at: Callable[..., None], operation: str = "GetObject
     return job_id
 
 
+def assert_settled(system: System, *, charged: int) -> None:
+    """Check that no credits are held any more, and what was paid in all."""
+    books = system.books()
+    assert (books.reserved, books.charged) == (0, charged)
+
+
 def item(system: System, job_id: str) -> Any:
     key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
     return system.dynamodb.get_item(TableName="jobs", Key=key)["Item"]
@@ -142,6 +148,7 @@ def test_repeated_messages_run_a_job_once(system):
     assert system.deliver() == 4
     assert system.job(job_id)["status"] == "succeeded"
     assert len(system.segmind.calls) == 1
+    assert_settled(system, charged=1000)
 
 
 def test_a_job_whose_message_could_not_be_sent_is_sent_by_the_sweep(system, at):
@@ -200,6 +207,7 @@ def test_pictures_stored_before_the_crash_are_not_made_again(system, at):
     job = system.job(job_id)
     assert [output["status"] for output in job["outputs"]] == ["succeeded"] * 3
     assert system.segmind.summary()["calls_by_seed"] == {"7": 1, "8": 1, "9": 1}
+    assert_settled(system, charged=3000)
 
 
 def test_a_worker_that_was_only_slow_keeps_its_job(system, at):
@@ -231,6 +239,7 @@ def test_a_job_past_its_deadline_fails(system):
     assert [output["error"]["code"] for output in job["outputs"]] == ["deadline_exceeded"]
     assert system.segmind.calls == []
     assert system.sweep() == {}
+    assert_settled(system, charged=0)
 
 
 def test_a_job_that_was_sent_again_just_before_its_deadline_fails_in_time(system):
@@ -289,6 +298,8 @@ def test_the_sweep_keeps_the_pictures_that_were_delivered_before_the_deadline(sy
     job = system.job(job_id)
     assert job["status"] == "succeeded"
     assert sorted(output["status"] for output in job["outputs"]) == ["failed", "succeeded"]
+    assert (job["credits"]["charged"], job["credits"]["released"]) == (1000, 1000)
+    assert_settled(system, charged=1000)
 
 
 def test_who_waits_for_a_job_past_its_deadline_gets_a_504(system):
@@ -336,12 +347,12 @@ def test_a_job_that_ends_while_it_is_swept_stays_ended(system, at, end):
 
     def meanwhile() -> None:
         if end == "delete":
-            jobs.delete("default", job_id)
+            assert system.api("DELETE", f"/jobs/{job_id}").status == 204
         elif end == "cancel":
             jobs.cancel("default", job_id)
         else:
             _, claimed = jobs.claim("default", job_id, lease_seconds=LEASE)
-            assert jobs.finish(claimed, error=BackendUnreachable("away"))
+            assert jobs.finish(given_up(claimed, BackendUnreachable("away")))
 
     at("TransactWriteItems", meanwhile)
     assert sweep(system.services) == {}
@@ -350,6 +361,7 @@ def test_a_job_that_ends_while_it_is_swept_stays_ended(system, at, end):
     if end != "delete":
         assert answer.json["status"] == ("canceled" if end == "cancel" else "failed")
         assert (answer.json["error"] or {}).get("code") == (None if end == "cancel" else "backend_unreachable")
+    assert_settled(system, charged=0)
 
 
 def test_a_job_that_is_claimed_while_it_is_swept_stays_claimed(system, at):
@@ -388,6 +400,7 @@ def test_two_sweeps_at_once_fail_a_job_once(system, at):
     assert dict(sweep(system.services)) == {}
     assert inner == [{"failed": 1}]
     assert system.job(job_id)["error"]["code"] == "deadline_exceeded"
+    assert_settled(system, charged=0)
 
 
 def test_two_sweeps_at_once_of_a_crashed_job_do_no_harm(system, at):

@@ -15,53 +15,14 @@ import pytest
 import requests
 from PIL import Image, ImageChops, ImageStat
 
+from tests.stack.client import FIELDS, Client
 from tests.system import ROOT, sample_base64
-
-FIELDS = {
-    "samples": 1,
-    "prompt": "A fantasy landscape, trending on artstation, mystical sky",
-    "negative_prompt": "nude, disfigured, blurry",
-    "scheduler": "DDIM",
-    "num_inference_steps": 25,
-    "guidance_scale": 10.5,
-    "strength": 0.75,
-    "seed": 98877465625,
-    "img_width": 512,
-    "img_height": 512,
-    "base64": False,
-}
-
-
-class Client:
-    """A caller with a key."""
-
-    def __init__(self, stack) -> None:
-        self.url = stack.url
-        self.session = requests.Session()
-        self.session.headers["x-api-key"] = stack.api_key
-
-    def create(self, headers=None, **fields) -> requests.Response:
-        body = {"image": sample_base64(), **FIELDS, **fields}
-        return self.session.post(f"{self.url}/sd1.5-img2img", json=body, headers=headers, timeout=40)
-
-    def get(self, path: str, **options) -> requests.Response:
-        return self.session.get(f"{self.url}{path}", timeout=40, **options)
-
-    def ended(self, job_id: str, seconds: float = 30) -> dict:
-        """Poll a job until it has ended."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            job = self.get(f"/jobs/{job_id}").json()
-            if job["status"] not in ("queued", "processing"):
-                return job
-            time.sleep(0.05)
-        raise AssertionError(f"the job has not ended: {job}")
 
 
 @pytest.fixture
 def client(stack):
     stack.segmind.reset()
-    return Client(stack)
+    return Client(stack.url, stack.api_key)
 
 
 def picture(url: str) -> Image.Image:
@@ -101,7 +62,7 @@ def test_a_heic_phone_photo_uploaded_by_a_browser_comes_out_upright(client, stac
     assert sent.ok, sent.text
     job = client.create(image=form["id"], fit="contain").json()
     assert job["status"] == "succeeded", job
-    key = f"inputs/default/{job['id']}.png"
+    key = f"inputs/local/{job['id']}.png"
     s3 = stack.client("s3")
     stored = s3.get_object(Bucket=stack.resources["UploadsBucket"], Key=key)["Body"].read()
     shown = Image.open(io.BytesIO(stored)).convert("RGB")
@@ -152,7 +113,7 @@ def test_twenty_requests_with_one_key_at_once_make_one_job(client, stack):
     stack.segmind.latency = 0.5
     headers = {"Idempotency-Key": "twenty-at-once"}
     with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(lambda _: Client(stack).create(headers=headers), range(20)))
+        answers = list(pool.map(lambda _: Client(stack.url, stack.api_key).create(headers=headers), range(20)))
     statuses = Counter(answer.status_code for answer in answers)
     assert set(statuses) <= {200, 409}, [answer.text for answer in answers]
     assert statuses[200] >= 1

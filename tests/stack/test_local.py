@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,9 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import boto3
 import pytest
 import requests
+from botocore.stub import Stubber
 
+from local.api_keys import FRESH_SECONDS, PAUSE_SECONDS, ApiKeys
 from local.commands import main
 from local.demo import DemoFailed, demo
 from local.functions import Function, FunctionError, lambda_environment
@@ -29,18 +33,10 @@ from local.lambda_runtime import RequestTooLarge, Result, RuntimeApi
 from local.pollers import Clock, QueuePoller, failed_items
 from local.stack import Stack
 from local.template import ApiSpec, Blueprint, FunctionSpec, QueueMapping, Schedule, TemplateError
+from tests.stack.client import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 2**20
-
-
-def wait_until(condition, seconds: float = 15):
-    """Poll a condition and return what it gave once that is true."""
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-    return value
 
 
 # -------------------------------------------------------------------------------------------------- gateway
@@ -170,12 +166,52 @@ def serve(tmp_path):
     with contextlib.ExitStack() as ending:
 
         def start(answer, **changes):
-            gateway = Gateway(0, keys={}, log=tmp_path / "gateway.log")
+            gateway = Gateway(0, log=tmp_path / "gateway.log")
             ending.callback(gateway.stop)
-            gateway.serve(*echo_api(answer, **changes))
+            gateway.serve(*echo_api(answer, **changes), lambda _value: None)
             return gateway.url
 
         yield start
+
+
+@pytest.fixture
+def readings(stack):
+    """How often the keys were read from the stack's API Gateway."""
+    events = stack.client("apigateway").meta.events
+    counted: list[float] = []
+
+    def count(**_details) -> None:
+        counted.append(time.monotonic())
+
+    events.register("before-call.apigateway.GetApiKeys", count)
+    yield counted
+    events.unregister("before-call.apigateway.GetApiKeys", count)
+
+
+def test_a_known_key_is_looked_up_once_in_a_while_and_wrong_ones_share_the_readings(stack, readings):
+    keys = ApiKeys(stack.client("apigateway"), stack.resources["UsagePlan"])
+    began = time.monotonic()
+    assert {keys.id_of(stack.api_key) for _ in range(1000)} == {stack.api_key_id}
+    assert len(readings) <= 1 + (time.monotonic() - began) / FRESH_SECONDS
+    readings.clear()
+    began = time.monotonic()
+    with ThreadPoolExecutor(20) as pool:
+        assert set(pool.map(keys.id_of, (f"wrong-{number}" for number in range(200)))) == {None}
+    assert len(readings) <= 1 + (time.monotonic() - began) / PAUSE_SECONDS
+    assert len(readings) < 50
+
+
+def test_keys_come_in_pages(stack):
+    gateway = boto3.client("apigateway", **stack.aws)
+    with Stubber(gateway) as answers:
+        for operation, items in [
+            ("get_usage_plan_keys", [{"id": "one"}, {"id": "two"}]),
+            ("get_api_keys", [{"id": name, "value": f"value of {name}", "enabled": True} for name in ("one", "two")]),
+        ]:
+            answers.add_response(operation, {"items": items[:1], "position": "next"})
+            answers.add_response(operation, {"items": items[1:]})
+        keys = ApiKeys(gateway, "plan")
+        assert [keys.id_of("value of one"), keys.id_of("value of two")] == ["one", "two"]
 
 
 def returned(value) -> Result:
@@ -637,6 +673,23 @@ def test_the_data_resources_are_the_templates(stack):
     assert environment["SEGMIND_BASE_URL"] == stack.segmind.url
 
 
+def test_an_operator_finds_what_the_template_names(stack, admin):
+    assert admin.teams.get("local").account.added == 1_000_000
+    described = stack.client("cloudformation").describe_stacks(StackName="local")["Stacks"][0]
+    outputs = {output["OutputKey"]: output["OutputValue"] for output in described["Outputs"]}
+    for name, resource in [
+        ("JobsTableName", "JobsTable"),
+        ("UsagePlanId", "UsagePlan"),
+        ("UploadsBucketName", "UploadsBucket"),
+        ("ResultsBucketName", "ResultsBucket"),
+        ("SegmindSecretArn", "SegmindSecret"),
+    ]:
+        assert outputs[name] == stack.resources[resource]
+    assert outputs["JobsQueueUrl"] == stack.environment["ApiFunction"]["JOBS_QUEUE_URL"]
+    # What refers to something that is not made here.
+    assert not {"ApiUrl", "DashboardUrl"} & outputs.keys()
+
+
 def test_a_function_is_invoked_directly(stack):
     stack.invoke("SweepFunction", json.loads((ROOT / "events" / "schedule.json").read_text()))
     with pytest.raises(FunctionError):
@@ -677,7 +730,10 @@ class Run:
         self.port = free_port()
         kept = {name: value for name, value in os.environ.items() if name not in ("SEGMIND_API_KEY", "API_KEY")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "local", "run", "--port", str(self.port), "--latency", "0", "--logs", str(logs)],
+            [
+                *(sys.executable, "-m", "local", "run", "--port", str(self.port), "--latency", "0"),
+                *("--logs", str(logs), "--env", str(logs / "aws.env")),
+            ],
             cwd=ROOT,
             env=kept | environ,
             stdout=subprocess.PIPE,
@@ -719,6 +775,19 @@ def test_run_says_what_to_paste_and_ends_without_a_trace(tmp_path):
             ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
         )
         assert json.loads(pasted.stdout)["status"] == "succeeded"
+        # What it says to source leads the operator's commands here, whatever else the shell is set up for.
+        source, _, command = re.search(r"^Admin +(.+)$", running.said, re.MULTILINE)[1].partition("; ")
+        assert command == 'make admin ARGS="team list"'
+        listed = subprocess.run(
+            ["sh", "-c", f'{source}; exec "$0" -m img2img --stack "$STACK" team list', sys.executable],
+            cwd=ROOT,
+            env=os.environ | {"AWS_PROFILE": "production", "PYTHONPATH": "layers/core/python"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert re.search(r"^local\b.*\b999\b", listed.stdout, re.MULTILINE)  # it has paid for one picture
 
         second = subprocess.run(
             [sys.executable, "-m", "local", "run", "--port", str(running.port)],
@@ -739,17 +808,26 @@ def test_run_says_what_to_paste_and_ends_without_a_trace(tmp_path):
         assert (running.process.returncode, out, err) == (0, "", "")
         assert not children & processes().keys()
         assert not running.is_listening()
+        assert not (tmp_path / "aws.env").exists()
 
 
 def test_run_with_a_key_calls_the_real_api_and_leaves_nothing_behind_when_killed(tmp_path):
-    with Run(tmp_path, SEGMIND_API_KEY="a-key-of-mine", API_KEY="my-own") as running:
+    own = "an-api-key-of-my-own"
+    with Run(tmp_path, SEGMIND_API_KEY="a-key-of-mine", API_KEY=own) as running:
         assert "real API" in running.said
         assert "a-key-of-mine" not in running.said
-        assert requests.get(f"http://127.0.0.1:{running.port}/v1/jobs", headers={"x-api-key": "my-own"}, timeout=10).ok
+        assert requests.get(f"http://127.0.0.1:{running.port}/v1/jobs", headers={"x-api-key": own}, timeout=10).ok
         children = descendants(running.process.pid)
         running.process.kill()
         running.process.wait()
         wait_until(lambda: not children & processes().keys())
+
+
+@pytest.mark.parametrize("arguments", [["run", "--port", "0"], ["demo", "--url", "http://127.0.0.1:1/v1"]])
+def test_an_api_key_that_api_gateway_would_not_take_is_refused(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("API_KEY", "short")
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == "error: API_KEY must have at least 20 characters, as in API Gateway\n"
 
 
 def test_demo_shows_a_job_and_saves_its_picture(stack, tmp_path, capsys, monkeypatch):

@@ -45,13 +45,14 @@ def invoke(api: RuntimeApi, event: dict) -> dict:
 
 def test_a_job_from_its_request_to_its_end(stack):
     stack.segmind.reset()
+    key_id = stack.api_key_id
     with under_awslambdaric(stack, "ApiFunction") as api:
         body = {"image": sample_base64(), "prompt": "a castle on a hill"}
         # The queue's own worker runs it meanwhile.
-        answer = invoke(api, rest_event("POST", "/sd1.5-img2img", body, {"Prefer": "wait=20"}))
+        answer = invoke(api, rest_event("POST", "/sd1.5-img2img", body, {"Prefer": "wait=20"}, key_id=key_id))
         job = json.loads(answer["body"])
         assert (answer["statusCode"], job["status"]) == (200, "succeeded")
-        picture = invoke(api, rest_event("GET", f"/jobs/{job['id']}/outputs/0"))
+        picture = invoke(api, rest_event("GET", f"/jobs/{job['id']}/outputs/0", key_id=key_id))
         assert picture["statusCode"] == 302
 
 

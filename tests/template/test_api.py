@@ -97,15 +97,29 @@ def test_requests_go_to_the_alias(template):
             assert "${ApiFunctionAliaslive}" in integration["uri"]["Fn::Sub"], path
 
 
-def test_usage_plan_of_this_api_with_one_key(template, source):
-    (plan,) = template.of_type("AWS::ApiGateway::UsagePlan").values()
-    # Here, unlike in a function's environment, SAM puts in the parameters' values.
-    default = {name: parameter["Default"] for name, parameter in source["Parameters"].items()}
-    assert plan["Quota"] == {"Limit": default["QuotaPerDay"], "Period": "DAY"}
-    assert plan["Throttle"] == {"RateLimit": default["ThrottleRate"], "BurstLimit": default["ThrottleBurst"]}
+def test_one_usage_plan_limits_the_keys_of_this_api(template):
+    plans = template.of_type("AWS::ApiGateway::UsagePlan")
+    assert set(plans) == {"UsagePlan"}
+    plan = plans["UsagePlan"]
+    assert plan["Quota"] == {"Limit": {"Ref": "QuotaPerDay"}, "Period": "DAY"}
+    assert plan["Throttle"] == {"RateLimit": {"Ref": "ThrottleRate"}, "BurstLimit": {"Ref": "ThrottleBurst"}}
+    # The stage by reference, too: a plan that is made before its stage fails.
     assert plan["ApiStages"] == [{"ApiId": {"Ref": "Api"}, "Stage": {"Ref": "Apiv1Stage"}}]
-    assert len(template.of_type("AWS::ApiGateway::ApiKey")) == 1
-    assert len(template.of_type("AWS::ApiGateway::UsagePlanKey")) == 1
+
+
+def test_no_key_is_made_that_belongs_to_no_team(template):
+    kinds = {resource["Type"] for resource in template.resources.values()}
+    assert not kinds & {"AWS::ApiGateway::ApiKey", "AWS::ApiGateway::UsagePlanKey"}
+
+
+def test_a_refused_key_is_told_from_the_functions_own_refusals(template):
+    from img2img.errors import InsufficientCredits, KeyDisabled, KeyUnknown, TeamDisabled
+
+    own = {error.code for error in (InsufficientCredits, KeyDisabled, KeyUnknown, TeamDisabled)}
+    for kind in ("INVALID_API_KEY", "ACCESS_DENIED"):
+        codes = {problem["code"] for problem in bodies(responses(template)[kind]).values()}
+        assert codes == {"forbidden"}
+        assert not codes & own
 
 
 def test_binary_types_cover_images_but_not_everything(template):

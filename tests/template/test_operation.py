@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from pathlib import Path
 
-EMITTED = {
-    "JobsCreated",
-    "JobsSucceeded",
-    "JobsFailed",
-    "FailuresByCode",
-    "QueueTime",
-    "BackendTime",
-    "SegmindRemainingCredits",
-    "BackendRetries",
-}
+import pytest
+
+from img2img.prices import PriceTable
+from tests.system import function
+
+ROOT = Path(__file__).parents[2]
+CODE = [*ROOT.glob("functions/*/app.py"), *ROOT.glob("layers/core/python/img2img/*.py")]
+EMITTED = {name for path in CODE for name in re.findall(r'(?:add|single)_metric\(\s*"(\w+)"', path.read_text())}
 
 
 def dimensions(alarm):
@@ -42,6 +42,8 @@ def test_alarms_watch_what_can_go_wrong(template):
         ("Img2Img", "JobsFailed"),
         ("Img2Img", "FailuresByCode"),
         ("Img2Img", "SegmindRemainingCredits"),
+        ("Img2Img", "TeamsLowOnCredits"),
+        ("Img2Img", "InsufficientCredits"),
     }
 
 
@@ -65,6 +67,32 @@ def test_alarms_on_codes_name_codes_that_exist(template):
         assert not isinstance(job_error(code, ""), InternalError), code
 
 
+def test_one_team_low_on_credits_raises_the_alarm(template):
+    alarm = template.properties("LowBalanceAlarm")
+    assert (alarm["MetricName"], alarm["ComparisonOperator"]) == ("TeamsLowOnCredits", "GreaterThanThreshold")
+    # Each minute has the number anew: a sum would count a team five times.
+    assert (alarm["Statistic"], alarm["Threshold"], alarm["EvaluationPeriods"]) == ("Maximum", 0, 1)
+    # Longer than from one run to the next: else a late run would be no data, and end the alarm.
+    assert alarm["Period"] > 60
+
+
+def test_one_request_refused_for_want_of_credits_raises_the_alarm(template):
+    alarm = template.properties("SpentBudgetAlarm")
+    assert (alarm["MetricName"], alarm["ComparisonOperator"]) == ("InsufficientCredits", "GreaterThanThreshold")
+    assert (alarm["Statistic"], alarm["Threshold"], alarm["Period"]) == ("Sum", 0, 300)
+
+
+def test_alarms_tell_the_teams_credits_from_those_at_segmind(template):
+    descriptions = {
+        alarm["MetricName"]: alarm["AlarmDescription"]
+        for alarm in template.of_type("AWS::CloudWatch::Alarm").values()
+        if "credits" in alarm["AlarmDescription"].lower() or "402" in alarm["AlarmDescription"]
+    }
+    about_segmind = {metric for metric, text in descriptions.items() if "Segmind" in text}
+    assert about_segmind == {"SegmindRemainingCredits", "FailuresByCode"}
+    assert set(descriptions) - about_segmind == {"TeamsLowOnCredits", "InsufficientCredits"}
+
+
 def test_dead_letter_alarm_watches_the_dead_letter_queue(template):
     assert dimensions(template.properties("DeadLettersAlarm")) == {
         "QueueName": {"Fn::GetAtt": ["JobsDeadLetterQueue", "QueueName"]}
@@ -80,6 +108,27 @@ def test_dashboard_is_json_and_shows_every_metric(template):
     assert all(x + width <= 24 for x, _, width, _ in places)
 
 
+def test_dashboard_names_the_teams_that_the_sweep_found_low(template, system, monkeypatch):
+    text = template.properties("Dashboard")["DashboardBody"]["Fn::Sub"]
+    queries = [
+        w["properties"].get("query", "") for w in json.loads(re.sub(r"\$\{\w+Threshold\}", "0", text))["widgets"]
+    ]
+    (query,) = [query for query in queries if query.startswith("SOURCE '${SweepLogGroup}'")]
+    (message,) = re.findall("message = '([^']+)'", query)
+    (pattern,) = re.findall("parse @message '([^']+)' as low", query)
+    for team in ("rich", "poor", "poorer"):
+        system.services.teams.create(team)
+        system.services.credits.add(team, 1_000_000 if team == "rich" else 1)
+    logged = io.StringIO()
+    monkeypatch.setattr(function("sweep").logger.registered_handler, "stream", logged)
+    system.sweep()
+    (line,) = [line for line in logged.getvalue().splitlines() if json.loads(line)["message"] == message]
+    # In a pattern of Logs Insights, * stands for anything, as little of it as possible.
+    before, after = map(re.escape, pattern.split("*"))
+    (shown,) = re.findall(f"{before}(.*?){after}", line)
+    assert shown == '"poor","poorer"'
+
+
 def test_parameters_are_documented_grouped_and_have_defaults(source):
     parameters = source["Parameters"]
     groups = source["Metadata"]["AWS::CloudFormation::Interface"]["ParameterGroups"]
@@ -93,7 +142,7 @@ def test_parameters_are_documented_grouped_and_have_defaults(source):
 def test_outputs(source):
     assert {
         "ApiUrl",
-        "ApiKeyId",
+        "UsagePlanId",
         "UploadsBucketName",
         "ResultsBucketName",
         "JobsTableName",
@@ -103,3 +152,25 @@ def test_outputs(source):
         "DashboardUrl",
     } <= set(source["Outputs"])
     assert all(output["Description"] for output in source["Outputs"].values())
+
+
+def test_an_operator_finds_the_table_and_the_usage_plan(source):
+    assert source["Outputs"]["JobsTableName"]["Value"] == {"Ref": "JobsTable"}
+    assert source["Outputs"]["UsagePlanId"]["Value"] == {"Ref": "UsagePlan"}
+
+
+@pytest.mark.parametrize("price", ["1", "1000", "1000,sagemaker=600", "999999999,segmind=2,sagemaker=3"])
+def test_prices_that_a_deployment_takes_can_be_read(source, price):
+    parameter = source["Parameters"]["PriceBase"]
+    assert re.fullmatch(parameter["AllowedPattern"], price)
+    assert len(price) <= parameter["MaxLength"]
+    assert PriceTable.parse(price).version.startswith(f"1:{price.partition(',')[0]}")
+
+
+@pytest.mark.parametrize(
+    "price", ["", "0", "-1", "1.5", "01", "1e3", "1000,", "1000,sagemaker", "sagemaker=600", "9999999999"]
+)
+def test_prices_that_a_deployment_refuses_are_those_that_cannot_be_read(source, price):
+    assert not re.fullmatch(source["Parameters"]["PriceBase"]["AllowedPattern"], price)
+    with pytest.raises(ValueError, match="price table"):
+        PriceTable.parse(price)

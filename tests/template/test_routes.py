@@ -35,6 +35,9 @@ def test_routes_agree(template):
         ("GET", "/jobs/{id}/outputs/{index}"),
         ("POST", "/jobs/{id}/cancel"),
         ("DELETE", "/jobs/{id}"),
+        ("POST", "/cost"),
+        ("GET", "/balance"),
+        ("GET", "/usage"),
         ("GET", "/health"),
     ],
 )

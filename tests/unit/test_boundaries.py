@@ -16,10 +16,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "layers/core/python/img2img"
 # From the outside in; a module may import its own row (below, in one direction only) and those after it.
 ROWS = [
+    {"__main__", "cli"},
     {"bootstrap"},
-    {"submit", "run", "uploads", "sweep", "present"},
-    {"store", "dynamo", "listing", "storage", "queues", "fetch", "backends", "images", "jobs"},
-    {"params", "errors", "ids", "settings", "observe"},
+    {"submit", "run", "uploads", "sweep", "present", "audit"},
+    {"store", "credits", "teams", "usage", "dynamo", "listing", "storage", "queues", "gateway_keys"}
+    | {"fetch", "backends", "images", "jobs"},
+    {"params", "prices", "errors", "ids", "settings", "observe"},
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img2img.ids import ULID, first_id_at, id_before, new_id
+from img2img.ids import ULID, first_id_at, id_before, ms_of, new_id
 
 MAX_MS = 2**48 - 1
 FIRST, LAST = "0" * 26, "7" + "Z" * 25
@@ -37,6 +37,19 @@ def test_an_id_is_26_characters_of_crockfords_alphabet(ms):
     assert ULID.fullmatch(made)
     assert not set("ILOU") & set(made)
     assert re.fullmatch(r"[0-7].{25}", made)
+
+
+@quick
+@given(milliseconds)
+def test_an_id_tells_its_millisecond(ms):
+    assert ms_of(new_id(ms)) == ms_of(first_id_at(ms)) == ms
+    if ms:
+        assert ms_of(id_before(first_id_at(ms))) == ms - 1
+
+
+def test_the_specifications_example_was_made_in_its_millisecond():
+    assert ms_of("01ARYZ6S41TSV4RRFFQ69G5FAV") == 1_469_918_176_385
+    assert (ms_of(FIRST), ms_of(LAST)) == (0, MAX_MS)
 
 
 @quick

@@ -14,8 +14,9 @@ from img2img.errors import (
     OutputBlocked,
     job_error,
 )
-from img2img.jobs import NEXT, Job, Output, OutputStatus, Status, before, given_up, missing, verdict, with_outputs
+from img2img.jobs import NEXT, Job, Output, OutputStatus, Status, ended, given_up, missing, verdict, with_outputs
 from img2img.params import Img2ImgParams
+from img2img.prices import Receipt
 
 
 def output(index: int, status: OutputStatus, **others: object) -> Output:
@@ -35,6 +36,7 @@ def job(**others: object) -> Job:
         "status": Status.QUEUED,
         "params": Img2ImgParams(prompt="a castle", seed=7),
         "backend": "segmind",
+        "credits": Receipt(reserved=1000, price_version="1:1000"),
         "created_ms": 1_700_000_000_000,
         "deadline_at": 1_700_001_800,
     }
@@ -61,14 +63,9 @@ def test_a_status_is_terminal_when_nothing_follows_it(status):
     assert status not in NEXT[status]
 
 
-@pytest.mark.parametrize("status", Status)
-def test_before_is_next_read_backwards(status):
-    assert {old for old in Status if status in NEXT[old]} == set(before(status))
-
-
-def test_every_unfinished_job_can_fail_and_be_canceled():
-    unfinished = {status for status in Status if not status.is_terminal}
-    assert set(before(Status.FAILED)) == set(before(Status.CANCELED)) == unfinished
+@pytest.mark.parametrize("end", [Status.FAILED, Status.CANCELED])
+def test_every_unfinished_job_can_fail_and_be_canceled(end):
+    assert {old for old in Status if end in NEXT[old]} == {status for status in Status if not status.is_terminal}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +119,43 @@ def test_a_job_given_up_with_nothing_delivered_fails_of_why():
     found = verdict(given_up(job(), DeadlineExceeded("too late")))
     assert type(found) is DeadlineExceeded
     assert found.detail == "too late"
+
+
+FOUR = {
+    "params": Img2ImgParams(prompt="a castle", seed=7, samples=4),
+    "credits": Receipt(reserved=4812, price_version="1:1203"),
+}
+
+
+@pytest.mark.parametrize("delivered", range(1, 5))
+def test_a_job_that_succeeded_is_charged_for_what_it_delivered(delivered):
+    samples = [output(index, OK if index < delivered else BLOCKED) for index in range(4)]
+    found = ended(job(**FOUR, outputs=tuple(samples)), Status.SUCCEEDED, at_ms=1).credits
+    assert (found.reserved, found.price_version) == (4812, "1:1203")
+    assert (found.charged, found.released) == (1203 * delivered, 1203 * (4 - delivered))
+
+
+@pytest.mark.parametrize(
+    ("status", "outputs"),
+    [
+        (Status.FAILED, (refused(0, BackendFailed), output(1, BLOCKED))),
+        (Status.FAILED, ()),
+        (Status.CANCELED, ()),
+        (Status.CANCELED, (output(0, OK),)),
+    ],
+)
+def test_a_job_that_failed_or_was_canceled_costs_nothing(status, outputs):
+    found = ended(job(**FOUR, outputs=outputs), status, at_ms=1).credits
+    assert (found.charged, found.released) == (0, 4812)
+
+
+def test_an_ended_job_waits_for_nothing_and_keeps_its_error_and_outputs():
+    was = job(status=Status.PROCESSING, lease="lease", due_at=5, outputs=(refused(0, BackendFailed, "broke"),))
+    found = ended(was, Status.FAILED, at_ms=1_700_000_001_500, error=BackendFailed("broke"))
+    assert (found.status, found.completed_ms) == (Status.FAILED, 1_700_000_001_500)
+    assert (found.lease, found.due_at) == (None, None)
+    assert (found.error_code, found.error_detail) == ("backend_failed", "broke")
+    assert found.outputs == was.outputs
 
 
 def test_samples_generated_together_take_as_long_as_the_longest():

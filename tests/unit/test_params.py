@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from img2img.params import (
     Img2ImgRequest,
     InlineImage,
     UploadId,
+    parse_params,
     parse_request,
 )
 
@@ -419,6 +421,53 @@ def test_any_body_is_read_or_invalid(body: dict[str, Any]) -> None:
     except InvalidRequest as error:
         assert error.errors  # noqa: PT017
         assert {item.field for item in error.errors} <= {*body, "image", "prompt"}  # noqa: PT017
+
+
+# --- the parameters alone ---
+
+
+def test_parameters_alone_need_no_field() -> None:
+    assert parse_params({}) == Img2ImgParams(prompt="")
+    assert parse_params({"samples": "3", "img_width": 768}) == Img2ImgParams(prompt="", samples=3, img_width=768)
+    assert parse_params(dict.fromkeys(FIELDS)) == Img2ImgParams(prompt="")
+
+
+def test_parameters_alone_are_those_of_the_request() -> None:
+    body = {**LEAST, "samples": 2, "num_inference_steps": "50", "seed": 7, "base64": True, "metadata": {"a": "b"}}
+    assert parse_params(body) == parse_request(body).params
+
+
+@pytest.mark.parametrize("body", [None, [], "x", 5, True, [LEAST]])
+def test_the_body_of_parameters_alone_must_be_an_object(body: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_params(body)
+    assert [error.field for error in caught.value.errors] == ["body"]
+
+
+def test_parameters_alone_are_checked_together() -> None:
+    body = {"prompt": " ", "image": "not base64!", "samples": 5, "metadata": "x", "nonsense": 1}
+    with pytest.raises(InvalidRequest) as caught:
+        parse_params(body)
+    assert {error.field: error.detail for error in caught.value.errors} == wrong(**body)
+
+
+@settings(max_examples=600, deadline=None, database=None)
+@given(st.sampled_from(FIELDS) | st.text(max_size=8), json_values)
+@example("samples", 5)
+@example("image", "http://example.com/a.jpg")
+@example("prompt", "")
+def test_parameters_alone_are_checked_as_in_a_request(field: str, value: Any) -> None:
+    def said(parse: Callable[[Any], Any], body: dict[str, Any]) -> list[tuple[str, str]]:
+        try:
+            parse(body)
+        except InvalidRequest as error:
+            return [(item.field, item.detail) for item in error.errors]
+        return []
+
+    if field in LEAST and value is None:
+        assert said(parse_params, {field: value}) == []
+    else:
+        assert said(parse_params, {field: value}) == said(parse_request, {**LEAST, field: value})
 
 
 # --- fingerprints ---

@@ -1,11 +1,13 @@
-"""Jobs in a table: which write is refused when, whoever comes late, twice or at the same time."""
+"""Jobs in a table: which write is refused when, whoever comes late, twice or at the same time, and who pays."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import Any
 
 import boto3
@@ -13,18 +15,27 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError
 
-from img2img.errors import BackendFailed, DeadlineExceeded, NotFound
+from img2img.audit import audit
+from img2img.credits import Account, Credits, Entry, Phase
+from img2img.errors import DeadlineExceeded, InsufficientCredits, NotFound, TeamDisabled
 from img2img.ids import new_id
-from img2img.jobs import NEXT, Job, Output, OutputStatus, Status
+from img2img.jobs import NEXT, Job, Output, OutputStatus, Status, given_up
 from img2img.listing import JobFilter
 from img2img.params import Img2ImgParams
+from img2img.prices import Receipt
 from img2img.store import GUARD_TTL, Guard, Guarded, JobStore
+from img2img.teams import TeamStore
+from img2img.usage import Counts, Row, UsageStore
 from tests.system import fresh_aws
 
 START = 1_790_000_000
 LEASE = 130
 DAY = 86_400
 RETENTION_DAYS = 30
+SAMPLES = 4
+EACH = 1250
+PRICE = SAMPLES * EACH
+FUNDS = 1_000 * PRICE
 
 
 class Clock:
@@ -39,13 +50,19 @@ class Clock:
 
 @dataclass
 class Table:
-    """A store over moto, its clock, and the client that it speaks through."""
+    """The stores over moto, their clock, and the client that they speak through."""
 
     client: Any
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.store = JobStore(self.client, "jobs", retention_days=RETENTION_DAYS, clock=self.clock)
+        self.teams = TeamStore(self.client, "jobs", clock=self.clock)
+        self.credits = Credits(self.client, "jobs", clock=self.clock)
+        self.usage = UsageStore(self.client, "jobs")
+        for team in ("default", "other"):
+            self.teams.create(team)
+            self.credits.add(team, FUNDS)
 
     def job(self, *, guard: Guard | None = None, **others: Any) -> Job:
         """Create a job now, of the last second if not told otherwise."""
@@ -61,9 +78,10 @@ class Table:
             "key_id": "key",
             "correlation_id": "request",
             "status": Status.QUEUED,
-            "params": Img2ImgParams(prompt="a castle", seed=7, guidance_scale=10.5),
+            "params": Img2ImgParams(prompt="a castle", seed=7, guidance_scale=10.5, samples=SAMPLES),
             "metadata": {"order": "17"},
             "backend": "segmind",
+            "credits": Receipt(reserved=PRICE, price_version="1:1250"),
             "created_ms": created_ms,
             "due_at": created_ms // 1000 + 60,
             "deadline_at": created_ms // 1000 + 1800,
@@ -92,20 +110,48 @@ class Table:
         elif status is Status.CANCELED:
             self.store.cancel(made.team, made.id)
         elif status.is_terminal:
-            error = BackendFailed("broke") if status is Status.FAILED else None
-            assert self.store.finish(replace(self.claim(made), outputs=(picture(0),)), error=error)
+            delivered = 1 if status is Status.SUCCEEDED else 0
+            assert self.store.finish(over(self.claim(made), delivered))
         return self.now(made)
 
-    @contextmanager
-    def refusing(self, operation: str, times: int, error: str) -> Iterator[list[str]]:
-        """Answer the next calls of an operation with an error of DynamoDB's; the list grows with every call."""
-        calls: list[str] = []
-        parsed = {**_ERRORS[error], "ResponseMetadata": {"HTTPStatusCode": 400, "HTTPHeaders": {}, "RequestId": "id"}}
+    def everything(self) -> list[dict[str, Any]]:
+        """Return every item of the table."""
+        pages = self.client.get_paginator("scan").paginate(TableName="jobs")
+        return sorted((item for page in pages for item in page["Items"]), key=lambda item: (str(item["pk"]), str(item)))
 
-        def answer(model: Any, **_: Any) -> tuple[AWSResponse, Any] | None:
+    def leave(self, balance: int) -> None:
+        """Leave the team so much."""
+        self.credits.add("default", balance - self.credits.account("default").balance)
+
+    def entries(self, job: Job) -> list[Entry]:
+        """Return what the ledger says of a job."""
+        return list(self.credits.ledger(job.team, about=job.id))
+
+    def used(self) -> list[Row]:
+        """Return the counters of the team's usage."""
+        return self.usage.rows("default", date(2000, 1, 1), date(2099, 12, 31))
+
+    @contextmanager
+    def refusing(self, operation: str, times: int, reasons: str | tuple[str, ...]) -> Iterator[list[str]]:
+        """Answer the next calls of an operation with an error of DynamoDB's; the list grows with every call.
+
+        `reasons` are the error's code or, for a transaction, what is said of each of its writes.
+        """
+        calls: list[str] = []
+        parsed: dict[str, Any] = {
+            "Error": {"Code": reasons, "Message": "refused"},
+            "ResponseMetadata": {"HTTPStatusCode": 400, "HTTPHeaders": {}, "RequestId": "id"},
+        }
+        if isinstance(reasons, tuple):
+            parsed["Error"]["Code"] = "TransactionCanceledException"
+            parsed["CancellationReasons"] = [{"Code": code} for code in reasons]
+
+        def answer(model: Any, params: Any, **_: Any) -> tuple[AWSResponse, Any] | None:
             calls.append(model.name)
             if len(calls) > times:
                 return None
+            if isinstance(reasons, tuple):
+                assert len(json.loads(params["body"])["TransactItems"]) == len(reasons)
             return AWSResponse("https://dynamodb", 400, {}, None), parsed
 
         event = f"before-call.dynamodb.{operation}"
@@ -115,15 +161,18 @@ class Table:
         finally:
             self.client.meta.events.unregister(event, answer)
 
+    @contextmanager
+    def between(self, operation: str, happens: Callable[[], object]) -> Iterator[None]:
+        """Have something happen just before the next call of an operation."""
+        event = f"before-call.dynamodb.{operation}"
 
-_ERRORS: dict[str, dict[str, Any]] = {
-    "conflict": {"Error": {"Code": "TransactionConflictException", "Message": "in use"}},
-    "canceled": {
-        "Error": {"Code": "TransactionCanceledException", "Message": "canceled"},
-        "CancellationReasons": [{"Code": "TransactionConflict"}, {"Code": "None"}],
-    },
-    "missing": {"Error": {"Code": "ResourceNotFoundException", "Message": "no table"}},
-}
+        def step(**_: Any) -> None:
+            self.client.meta.events.unregister(event, step)
+            happens()
+
+        self.client.meta.events.register(event, step)
+        yield
+        self.client.meta.events.unregister(event, step)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +183,8 @@ def client() -> Any:
 
 @pytest.fixture
 def table(client) -> Table:
-    left = client.scan(TableName="jobs", ProjectionExpression="pk, sk")["Items"]
-    write(client, [{"DeleteRequest": {"Key": key}} for key in left])
+    pages = client.get_paginator("scan").paginate(TableName="jobs", ProjectionExpression="pk, sk")
+    write(client, [{"DeleteRequest": {"Key": key}} for page in list(pages) for key in page["Items"]])
     return Table(client)
 
 
@@ -159,6 +208,15 @@ def picture(index: int) -> Output:
     )
 
 
+def guard(team: str = "default", key: str = "k", fingerprint: str = "f") -> Guard:
+    return Guard(team, key, fingerprint)
+
+
+def over(job: Job, delivered: int) -> Job:
+    """Return the job with all samples ended, the first ones with a picture."""
+    return given_up(replace(job, outputs=tuple(map(picture, range(delivered)))), DeadlineExceeded("too late"))
+
+
 # A job and its item
 
 
@@ -169,11 +227,12 @@ def test_a_job_is_read_as_it_was_written(table):
 
 def test_an_ended_job_keeps_all_that_is_known_of_it(table):
     failed = Output(index=1, status=OutputStatus.FAILED, seed=8, error_code="backend_refused", error_detail="no")
+    blocked = Output(index=2, status=OutputStatus.BLOCKED, seed=9, error_code="output_blocked")
     claimed = table.claim(table.job())
-    ended = table.store.finish(replace(claimed, outputs=(picture(0), failed), remaining_credits=99.25), error=None)
+    ended = table.store.finish(replace(claimed, outputs=(picture(0), failed, blocked, picture(3))))
     assert ended == table.now(claimed)
-    assert ended.outputs == (picture(0), failed)
-    assert ended.remaining_credits == 99.25
+    assert ended.outputs == (picture(0), failed, blocked, picture(3))
+    assert ended.credits == Receipt(reserved=PRICE, charged=2 * EACH, released=PRICE - 2 * EACH, price_version="1:1250")
     assert ended.started_ms == ended.completed_ms == START * 1000
     assert (ended.lease, ended.due_at) == (None, None)
 
@@ -184,9 +243,18 @@ def test_only_unfinished_jobs_stand_in_the_open_index(table):
     assert {item["sk"]["S"] for item in found} == {f"JOB#{job.id}" for job in jobs if not job.status.is_terminal}
 
 
+def test_a_failed_job_keeps_why(table):
+    failed = table.in_status(Status.FAILED)
+    assert (failed.error_code, failed.error_detail) == ("deadline_exceeded", "too late")
+    assert [output.error_code for output in failed.outputs] == ["deadline_exceeded"] * SAMPLES
+
+
 def test_no_item_holds_a_float(table):
-    item = table.item(table.in_status(Status.SUCCEEDED))
-    assert all(value["N"].lstrip("-").isdigit() for value in item.values() if "N" in value)
+    table.job(guard=guard())
+    table.in_status(Status.SUCCEEDED)
+    numbers = [value["N"] for item in table.everything() for value in item.values() if "N" in value]
+    assert len(numbers) > 30
+    assert all(number.lstrip("-").isdigit() for number in numbers)
 
 
 def test_another_teams_job_does_not_exist(table):
@@ -204,8 +272,9 @@ def test_an_expired_job_is_gone_before_the_table_deletes_it(table):
     table.clock.now = START + RETENTION_DAYS * DAY - 1
     assert table.now(made).id == made.id
     table.clock.now += 1
-    with pytest.raises(NotFound):
-        table.now(made)
+    for call in (table.store.get, table.store.cancel):
+        with pytest.raises(NotFound):
+            call("default", made.id)
     assert table.store.list("default", JobFilter(limit=10)).jobs == []
 
 
@@ -226,11 +295,11 @@ def release(table: Table, job: Job) -> object:
 
 
 def succeed(table: Table, job: Job) -> object:
-    return table.store.finish(job, error=None)
+    return table.store.finish(over(job, 1))
 
 
 def fail(table: Table, job: Job) -> object:
-    return table.store.finish(job, error=DeadlineExceeded("too late"))
+    return table.store.finish(over(job, 0))
 
 
 def cancel(table: Table, job: Job) -> object:
@@ -257,13 +326,13 @@ WRITES: dict[Callable[[Table, Job], object], dict[Status, Status]] = {
 @pytest.mark.parametrize("operation", WRITES, ids=lambda operation: operation.__name__)
 def test_what_an_operation_makes_of_a_status(table, operation, status):
     job = table.in_status(status)
-    before = table.item(job)
+    before = table.everything()
     done = operation(table, job)
     expected = WRITES[operation].get(status)
     assert bool(done) == (expected is not None)
     assert table.now(job).status is (expected or status)
     if expected is None:
-        assert table.item(job) == before
+        assert table.everything() == before
 
 
 @pytest.mark.parametrize("operation", WRITES, ids=lambda operation: operation.__name__)
@@ -272,13 +341,13 @@ def test_no_operation_brings_a_deleted_job_back(table, operation, status):
     job = table.in_status(status)
     table.store.delete(job.team, job.id)
     table.store.delete(job.team, job.id)
+    before = table.everything()
     if operation is cancel:
         with pytest.raises(NotFound):
             cancel(table, job)
     else:
         assert not operation(table, job)
-    with pytest.raises(NotFound):
-        table.now(job)
+    assert table.everything() == before
     assert list(table.store.overdue()) == []
 
 
@@ -291,8 +360,10 @@ def test_a_worker_whose_lease_ran_out_writes_nothing(table, operation):
     table.clock.now += LEASE
     held = table.claim(late)
     assert held.lease != late.lease
+    before = table.everything()
     assert not operation(table, late)
     assert table.now(late) == held
+    assert table.everything() == before
 
 
 def test_a_lease_holds_until_its_last_second(table):
@@ -339,10 +410,12 @@ def test_finish_as_last_seen_loses_to_a_run_that_came_between(table):
 
 def test_a_job_is_finished_once(table):
     claimed = table.claim(table.job())
-    assert table.store.finish(claimed, error=None)
+    assert succeed(table, claimed)
+    before = table.everything()
     assert not fail(table, claimed)
-    assert not table.store.finish(claimed, error=None)
+    assert not succeed(table, claimed)
     assert table.now(claimed).status is Status.SUCCEEDED
+    assert table.everything() == before
 
 
 def test_postpone_is_refused_to_the_second_of_two_sweeps(table):
@@ -368,16 +441,11 @@ def test_overdue_finds_what_is_due_in_every_shard(table):
 # The guard of an idempotency key
 
 
-def guard(team: str = "default", key: str = "k", fingerprint: str = "f") -> Guard:
-    return Guard(team, key, fingerprint)
-
-
 def test_a_guard_admits_one_job(table):
     first = table.job(guard=guard())
-    second = table.fresh()
-    assert table.store.create(second, guard(fingerprint="g")) == Guarded(first.id, "f")
-    with pytest.raises(NotFound):
-        table.now(second)
+    before = table.everything()
+    assert table.store.create(table.fresh(), guard(fingerprint="g")) == Guarded(first.id, "f")
+    assert table.everything() == before
 
 
 @pytest.mark.parametrize("other", [guard(team="other"), guard(key="K"), guard(key="k ")])
@@ -397,49 +465,307 @@ def test_a_guard_ends_after_a_day_whether_or_not_the_table_has_deleted_it(table)
 
 def test_a_job_is_never_overwritten(table):
     claimed = table.claim(table.job())
+    before = table.everything()
     for held_by in (None, guard()):
         with pytest.raises(ClientError, match="ConditionalCheckFailed"):
             table.store.create(replace(claimed, status=Status.QUEUED), held_by)
-    assert table.now(claimed) == claimed
+    assert table.everything() == before
+
+
+# Credits
+
+
+def test_a_new_job_reserves_its_price(table):
+    table.clock.now += 5
+    made = table.job(guard=guard())
+    assert table.entries(made) == [Entry(about=made.id, phase=Phase.RESERVE, at_ms=made.created_ms, reserved=PRICE)]
+    assert table.credits.account("default") == Account(balance=FUNDS - PRICE, reserved=PRICE, added=FUNDS, entries=2)
+    assert table.credits.account("other") == Account(balance=FUNDS, added=FUNDS, entries=1)
+    assert table.used() == []
+
+
+def test_the_last_credits_can_be_spent(table):
+    table.leave(PRICE)
+    table.job()
+    assert table.credits.account("default").balance == 0
+
+
+@pytest.mark.parametrize("held_by", [None, guard()], ids=["no guard", "guard"])
+@pytest.mark.parametrize("balance", [PRICE - 1, 0])
+def test_a_job_that_the_team_cannot_pay_leaves_nothing(table, balance, held_by):
+    table.leave(balance)
+    before = table.everything()
+    with pytest.raises(InsufficientCredits) as refused:
+        table.store.create(table.fresh(), held_by)
+    assert (refused.value.price, refused.value.balance) == (PRICE, balance)
+    assert table.everything() == before
+    table.leave(PRICE)
+    assert table.store.create(table.fresh(), held_by) is None
+
+
+@pytest.mark.parametrize("held_by", [None, guard()], ids=["no guard", "guard"])
+@pytest.mark.parametrize("balance", [FUNDS, 0])
+def test_a_disabled_team_creates_nothing(table, balance, held_by):
+    if balance != FUNDS:
+        table.leave(balance)
+    table.teams.enable("default", enabled=False)
+    before = table.everything()
+    with pytest.raises(TeamDisabled):
+        table.store.create(table.fresh(), held_by)
+    assert table.everything() == before
+
+
+def test_a_team_that_is_none_creates_nothing(table):
+    before = table.everything()
+    with pytest.raises(TeamDisabled):
+        table.store.create(table.fresh(team="nobody"), guard(team="nobody"))
+    assert table.everything() == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_guard_finds_its_job_whatever_the_team_has_left(table, enabled):
+    table.leave(PRICE)
+    first = table.job(guard=guard())
+    table.teams.enable("default", enabled=enabled)
+    before = table.everything()
+    assert table.store.create(table.fresh(), guard()) == Guarded(first.id, "f")
+    assert table.everything() == before
+
+
+def test_a_guard_that_has_ended_saves_nobody_from_paying(table):
+    table.leave(PRICE)
+    table.job(guard=guard())
+    table.clock.now = START + GUARD_TTL
+    before = table.everything()
+    with pytest.raises(InsufficientCredits):
+        table.store.create(table.fresh(), guard())
+    assert table.everything() == before
+
+
+@pytest.mark.parametrize("delivered", range(SAMPLES + 1))
+@pytest.mark.parametrize("status", [Status.QUEUED, Status.PROCESSING])
+def test_a_finished_job_is_charged_for_what_it_delivered(table, status, delivered):
+    job = table.in_status(status)
+    table.clock.now += 7
+    ended = table.store.finish(over(job, delivered))
+    charged = delivered * EACH
+    assert (ended.status is Status.SUCCEEDED) == (delivered > 0)
+    assert (ended.credits.charged, ended.credits.released) == (charged, PRICE - charged)
+    assert table.now(job) == ended
+    at_ms = (START + 7) * 1000
+    assert table.entries(job)[1:] == [
+        Entry(about=job.id, phase=Phase.SETTLE, at_ms=at_ms, charged=charged, released=PRICE - charged)
+    ]
+    assert table.credits.account("default") == Account(balance=FUNDS - charged, charged=charged, added=FUNDS, entries=3)
+    succeeded = int(delivered > 0)
+    counts = Counts(jobs=1, succeeded=succeeded, failed=1 - succeeded, images=delivered, charged=charged)
+    assert table.used() == [Row("default", "2026-09-21", "key", "segmind", counts)]
+
+
+def test_a_job_that_delivered_only_black_pictures_costs_nothing(table):
+    blocked = [Output(index=index, status=OutputStatus.BLOCKED, seed=7) for index in range(SAMPLES)]
+    ended = table.store.finish(replace(table.claim(table.job()), outputs=tuple(blocked)))
+    assert (ended.status, ended.error_code) == (Status.FAILED, "output_blocked")
+    assert table.credits.account("default").balance == FUNDS
+
+
+@pytest.mark.parametrize("status", [Status.QUEUED, Status.PROCESSING])
+def test_a_canceled_job_costs_nothing_even_if_some_of_it_was_delivered(table, status):
+    held = replace(table.claim(table.job()), outputs=(picture(0), picture(2)))
+    assert table.store.release(held, due_at=START + 62, counts=True)
+    if status is Status.PROCESSING:
+        table.claim(held)
+    canceled = table.store.cancel("default", held.id)
+    assert canceled == table.now(held)
+    assert (canceled.status, canceled.outputs) == (Status.CANCELED, ())
+    assert (canceled.credits.charged, canceled.credits.released) == (0, PRICE)
+    assert table.entries(held)[1:] == [Entry(about=held.id, phase=Phase.SETTLE, at_ms=START * 1000, released=PRICE)]
+    assert table.credits.account("default") == Account(balance=FUNDS, added=FUNDS, entries=3)
+    assert table.used() == [Row("default", "2026-09-21", "key", "segmind", Counts(jobs=1, canceled=1))]
+
+
+def test_usage_is_counted_by_the_day_of_the_end_the_key_and_the_backend(table):
+    others = [{}, {}, {"key_id": "key2"}, {"backend": "sagemaker"}, {"team": "other"}]
+    jobs = [table.claim(table.job(**other)) for other in others]
+    late = table.claim(table.job())
+    for job in jobs:
+        succeed(table, job)
+    table.clock.now += DAY
+    fail(table, late)
+    one = Counts(jobs=1, succeeded=1, images=1, charged=EACH)
+    assert table.used() == [
+        Row("default", "2026-09-21", "key", "sagemaker", one),
+        Row("default", "2026-09-21", "key", "segmind", one + one),
+        Row("default", "2026-09-21", "key2", "segmind", one),
+        Row("default", "2026-09-22", "key", "segmind", Counts(jobs=1, failed=1)),
+    ]
+
+
+def test_the_jobs_of_a_team_that_was_disabled_meanwhile_are_settled(table):
+    finished, canceled = table.claim(table.job()), table.job()
+    table.teams.enable("default", enabled=False)
+    assert succeed(table, finished)
+    assert cancel(table, canceled)
+    account = table.credits.account("default")
+    assert (account.reserved, account.charged) == (0, EACH)
+
+
+def test_deleting_an_ended_job_changes_no_books(table):
+    job = table.in_status(Status.SUCCEEDED)
+    account, entries, used = table.credits.account("default"), table.entries(job), table.used()
+    table.store.delete(job.team, job.id)
+    assert (table.credits.account("default"), table.entries(job), table.used()) == (account, entries, used)
+    assert audit(table.credits, table.store, "default").differences == ()
+
+
+# Two at once
+
+ENDS = {succeed: (Status.SUCCEEDED, EACH), fail: (Status.FAILED, 0), cancel: (Status.CANCELED, 0)}
+
+
+@pytest.mark.parametrize("status", [Status.QUEUED, Status.PROCESSING])
+@pytest.mark.parametrize("first", ENDS, ids=lambda end: end.__name__)
+@pytest.mark.parametrize("late", ENDS, ids=lambda end: end.__name__)
+def test_of_two_that_end_a_job_at_once_one_settles_it(table, late, first, status):
+    job = table.in_status(status)
+    with table.between("TransactWriteItems", lambda: first(table, job)):
+        late(table, job)
+    end, charged = ENDS[first]
+    ended = table.now(job)
+    assert (ended.status, ended.credits.charged) == (end, charged)
+    assert [entry.phase for entry in table.entries(job)] == [Phase.RESERVE, Phase.SETTLE]
+    assert table.credits.account("default") == Account(balance=FUNDS - charged, charged=charged, added=FUNDS, entries=3)
+    assert [row.counts.jobs for row in table.used()] == [1]
+    assert audit(table.credits, table.store, "default").differences == ()
+
+
+def test_a_cancel_tells_how_a_job_ended_just_before(table):
+    job = table.claim(table.job())
+    with table.between("TransactWriteItems", lambda: succeed(table, job)):
+        found = table.store.cancel(job.team, job.id)
+    assert found == table.now(job)
+    assert found.status is Status.SUCCEEDED
+
+
+def test_a_job_that_is_claimed_while_it_is_canceled_is_canceled(table):
+    job = table.job()
+    claims: list[Job] = []
+    with table.between("TransactWriteItems", lambda: claims.append(table.claim(job))):
+        assert table.store.cancel(job.team, job.id).status is Status.CANCELED
+    assert not succeed(table, claims[0])
+    assert [entry.phase for entry in table.entries(job)] == [Phase.RESERVE, Phase.SETTLE]
+    assert table.credits.account("default").balance == FUNDS
+
+
+def test_a_job_that_is_released_while_it_is_canceled_is_canceled(table):
+    held = replace(table.claim(table.job()), outputs=(picture(0),))
+    with table.between("TransactWriteItems", lambda: release(table, held)):
+        assert table.store.cancel(held.team, held.id).outputs == ()
+    assert table.now(held).outputs == ()
+    assert table.credits.account("default").balance == FUNDS
+
+
+def test_a_job_that_is_deleted_while_it_is_canceled_is_gone(table):
+    job = table.in_status(Status.QUEUED)
+
+    def deleted() -> None:
+        cancel(table, job)
+        table.store.delete(job.team, job.id)
+
+    with table.between("TransactWriteItems", deleted), pytest.raises(NotFound):
+        table.store.cancel(job.team, job.id)
+    assert table.credits.account("default") == Account(balance=FUNDS, added=FUNDS, entries=3)
 
 
 # Conflicts with other transactions
 
 
-CONFLICTED: dict[str, tuple[str, str, Callable[[Table, Job], object]]] = {
-    "create": ("TransactWriteItems", "canceled", lambda table, _: table.job(guard=guard())),
-    "finish": ("TransactWriteItems", "canceled", lambda table, job: fail(table, table.claim(job))),
-    "claim": ("UpdateItem", "conflict", claim),
-    "cancel": ("UpdateItem", "conflict", cancel),
-    "postpone": ("UpdateItem", "conflict", postpone),
-    "delete": ("DeleteItem", "conflict", lambda table, job: table.store.delete(job.team, job.id) is None),
+def create(table: Table, _: Job) -> object:
+    return table.job()
+
+
+def create_guarded(table: Table, _: Job) -> object:
+    return table.job(guard=guard())
+
+
+def finish(table: Table, job: Job) -> object:
+    return succeed(table, table.claim(job))
+
+
+def delete(table: Table, job: Job) -> object:
+    return table.store.delete(job.team, job.id) is None
+
+
+IN_USE = "TransactionConflict"
+# How many writes the transaction of each has.
+TRANSACTIONS = {create: 3, create_guarded: 4, finish: 4, cancel: 4}
+SINGLE = {claim: "UpdateItem", postpone: "UpdateItem", delete: "DeleteItem"}
+CONFLICTS: list[tuple[Callable[[Table, Job], object], str, str | tuple[str, ...]]] = [
+    *(
+        (call, "TransactWriteItems", tuple(IN_USE if at == place else "None" for at in range(writes)))
+        for call, writes in TRANSACTIONS.items()
+        for place in range(writes)
+    ),
+    *((call, operation, f"{IN_USE}Exception") for call, operation in SINGLE.items()),
+]
+
+
+def name(value: object) -> str | None:
+    if isinstance(value, tuple):
+        return f"write {value.index(IN_USE)}"
+    return getattr(value, "__name__", None)
+
+
+@pytest.mark.parametrize(("call", "operation", "reasons"), CONFLICTS, ids=name)
+def test_a_conflict_is_waited_out(table, call, operation, reasons):
+    job = table.job()
+    with table.refusing(operation, 3, reasons) as calls:
+        assert call(table, job)
+    assert len(calls) == 4
+    account = table.credits.account("default")
+    assert account.balance + account.reserved + account.charged == account.added
+    assert account.entries == len(list(table.credits.ledger("default")))
+
+
+# What moves while a transaction holds an item: the balance while the guard is in use, the job while the balance is.
+UNSURE = {
+    create: ("None", "ConditionalCheckFailed", IN_USE),
+    create_guarded: ("None", "ConditionalCheckFailed", "None", IN_USE),
+    finish: ("ConditionalCheckFailed", IN_USE, "None", "None"),
+    cancel: ("ConditionalCheckFailed", "None", "None", IN_USE),
 }
 
 
-@pytest.mark.parametrize("name", CONFLICTED)
-def test_a_conflict_is_waited_out(table, name):
-    operation, error, call = CONFLICTED[name]
+@pytest.mark.parametrize("call", UNSURE, ids=name)
+def test_what_failed_beside_a_conflict_is_asked_again(table, call):
     job = table.job()
-    with table.refusing(operation, 3, error) as calls:
+    with table.refusing("TransactWriteItems", 1, UNSURE[call]) as calls:
         assert call(table, job)
-    assert len(calls) == 4
+    assert len(calls) == 2
 
 
-def test_conflicts_that_last_are_raised(table):
+@pytest.mark.parametrize(("call", "operation", "reasons"), CONFLICTS, ids=name)
+def test_conflicts_that_last_are_raised(table, call, operation, reasons, monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr("img2img.dynamo.time.sleep", pauses.append)
     job = table.job()
+    account = table.credits.account("default")
+    with table.refusing(operation, 100, reasons) as calls, pytest.raises(ClientError, match=r"Conflict|Canceled"):
+        call(table, job)
+    assert len(calls) == 16
+    assert 0 < sum(pauses) < 6, "a caller waits no longer than API Gateway does"
+    assert table.credits.account("default") == account
+    assert not table.now(job).status.is_terminal
+
+
+@pytest.mark.parametrize("call", [*TRANSACTIONS, *SINGLE], ids=name)
+def test_other_errors_are_raised_at_once(table, call):
+    job = table.job()
+    operation = SINGLE.get(call, "TransactWriteItems")
     with (
-        table.refusing("UpdateItem", 100, "conflict") as calls,
-        pytest.raises(ClientError, match="TransactionConflict"),
+        table.refusing(operation, 100, "ResourceNotFoundException") as calls,
+        pytest.raises(ClientError, match="ResourceNotFound"),
     ):
-        table.store.cancel(job.team, job.id)
-    assert len(calls) == 8
-
-
-@pytest.mark.parametrize("name", CONFLICTED)
-def test_other_errors_are_raised_at_once(table, name):
-    operation, _, call = CONFLICTED[name]
-    job = table.job()
-    with table.refusing(operation, 100, "missing") as calls, pytest.raises(ClientError, match="ResourceNotFound"):
         call(table, job)
     assert len(calls) == 1
 
@@ -564,6 +890,7 @@ class Anyone:
     def __init__(self, table: Table, seed: int) -> None:
         self.table = table
         self.choose = random.Random(seed)
+        self.before = table.credits.account("default")
         self.job = table.job()
         self.seen = [self.job]
         self.ways: set[tuple[Status, Status]] = set()
@@ -607,12 +934,13 @@ class Anyone:
     def finish(self) -> None:
         # Nobody finishes what he saw ended.
         someone = self.choose.choice([job for job in self.seen if not job.status.is_terminal])
-        error = self.choose.choice([None, DeadlineExceeded("too late")])
-        ended = self.table.store.finish(someone, error=error)
+        delivered = self.choose.choice([0, self.choose.randint(1, SAMPLES)])
+        ended = self.table.store.finish(over(someone, delivered))
         # Its time says whether a queued job is queued still or once more.
         as_seen = (someone.status, someone.lease, someone.due_at) == (self.job.status, self.job.lease, self.job.due_at)
         assert (ended is not None) == as_seen
         if ended:
+            assert ended.credits.charged == delivered * EACH
             self.becomes(ended.status)
             self.job = ended
 
@@ -620,7 +948,10 @@ class Anyone:
         found = self.table.store.cancel(self.job.team, self.job.id)
         if not self.job.status.is_terminal:
             completed_ms = int(self.table.clock.now * 1000)
-            self.becomes(Status.CANCELED, due_at=None, lease=None, completed_ms=completed_ms, outputs=())
+            released = replace(self.job.credits, released=PRICE)
+            self.becomes(
+                Status.CANCELED, due_at=None, lease=None, completed_ms=completed_ms, outputs=(), credits=released
+            )
         assert found == self.job
 
     def postpone(self) -> None:
@@ -641,6 +972,19 @@ class Anyone:
         assert (now.id in {job.id for job in self.table.store.overdue()}) == due
         if now not in self.seen:
             self.seen.append(now)
+        self.check_books()
+
+    def check_books(self) -> None:
+        """Compare the team's books with what the job has cost until now."""
+        ended = self.job.status.is_terminal
+        charged, reserved = self.job.credits.charged, 0 if ended else PRICE
+        assert self.table.credits.account("default") == Account(
+            balance=self.before.balance - reserved - charged,
+            reserved=reserved,
+            charged=self.before.charged + charged,
+            added=FUNDS,
+            entries=self.before.entries + (2 if ended else 1),
+        )
 
 
 def test_no_order_of_calls_breaks_the_life_of_a_job(table):
@@ -654,3 +998,4 @@ def test_no_order_of_calls_breaks_the_life_of_a_job(table):
         ways |= anyone.ways
         table.store.delete("default", anyone.job.id)
     assert ways == {(old, new) for old in Status for new in NEXT[old]} | {(Status.PROCESSING, Status.PROCESSING)}
+    assert audit(table.credits, table.store, "default").differences == ()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 from botocore.config import Config
 
-from img2img.errors import BackendUnreachable
+from img2img.credits import Credits
+from img2img.errors import BackendUnreachable, NotFound
+from img2img.prices import PriceTable
 from img2img.queues import JobQueue
 from img2img.settings import Settings
 from img2img.storage import Storage
 from img2img.store import JobStore
+from img2img.teams import TeamStore
+from img2img.usage import UsageStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
     from img2img.backends import Backend
     from img2img.fetch import Fetcher
+    from img2img.gateway_keys import GatewayKeys
 
 # A hung AWS call must leave time to answer: API Gateway waits 29 s in all.
 _CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
@@ -47,6 +53,7 @@ class Services:
         self.settings = settings
         self.clock = clock
         self.sleep = sleep
+        self.prices = PriceTable.parse(settings.price_base)
 
     @cached_property
     def _dynamodb(self) -> DynamoDBClient:
@@ -61,6 +68,21 @@ class Services:
             retention_days=self.settings.retention_days,
             clock=lambda: self.clock(),
         )
+
+    @cached_property
+    def teams(self) -> TeamStore:
+        """The teams and their API keys."""
+        return TeamStore(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
+
+    @cached_property
+    def credits(self) -> Credits:
+        """The teams' accounts."""
+        return Credits(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
+
+    @cached_property
+    def usage(self) -> UsageStore:
+        """The counters of what was used."""
+        return UsageStore(self._dynamodb, self.settings.jobs_table)
 
     @cached_property
     def storage(self) -> Storage:
@@ -116,3 +138,41 @@ class Services:
 def services() -> Services:
     """Return the services of this process, made from its environment once."""
     return Services(Settings.from_env(os.environ))
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What an operator of a deployed stack works with."""
+
+    stack: str
+    teams: TeamStore
+    keys: GatewayKeys
+    credits: Credits
+    usage: UsageStore
+    jobs: JobStore
+
+
+def operator(stack: str, *, clock: Callable[[], float] = time.time, **options: Any) -> Operator:
+    """Find a stack's parts by its outputs. `options` are passed to `boto3.client`: a region, say.
+
+    Raises botocore's `ClientError` when there is no such stack, and `NotFound` when it is another application's.
+    """
+    from img2img.gateway_keys import GatewayKeys
+
+    def client(service: str) -> Any:
+        return boto3.client(service, config=_CONFIG, **options)  # type: ignore[call-overload]
+
+    found = client("cloudformation").describe_stacks(StackName=stack)["Stacks"][0]
+    outputs = {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])}
+    if not {"JobsTableName", "UsagePlanId"} <= set(outputs):
+        raise NotFound(f"The stack {stack} is not one of this application")
+    dynamodb, table = client("dynamodb"), outputs["JobsTableName"]
+    return Operator(
+        stack=stack,
+        teams=TeamStore(dynamodb, table, clock=clock),
+        keys=GatewayKeys(client("apigateway"), outputs["UsagePlanId"]),
+        credits=Credits(dynamodb, table, clock=clock),
+        usage=UsageStore(dynamodb, table),
+        # It only reads jobs here: how long they are kept is the functions' business.
+        jobs=JobStore(dynamodb, table, retention_days=0, clock=clock),
+    )

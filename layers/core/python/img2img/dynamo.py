@@ -13,12 +13,17 @@ from botocore.exceptions import ClientError
 
 from img2img.jobs import Job, Output, OutputStatus, Status
 from img2img.params import Img2ImgParams
+from img2img.prices import Receipt
 
 T = TypeVar("T")
 Item = Mapping[str, Any]
 
-# A conflict means that another writer holds the item for milliseconds: 8 tries take at most about 2 s.
-_CONFLICT_TRIES = 8
+# A conflict means that another writer holds the item for milliseconds. A team's item is written by all of its jobs: 50
+# at once need some 50 rounds of 10 ms, the tries below up to 6 s.
+_CONFLICT_TRIES = 16
+_LONGEST_PAUSE = 0.5
+# The last two are what a plain call's throttling, which botocore waits out, is called inside a transaction.
+_PASSING = {"TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
 # SnapStart copies the state of the `random` module's own generator into every clone.
 _jitter = random.SystemRandom()
 
@@ -46,8 +51,7 @@ def cancellations(error: ClientError) -> list[str]:
 def _is_conflict(error: ClientError) -> bool:
     """Whether another transaction held an item; botocore retries neither form of it."""
     if error_code(error) == "TransactionCanceledException":
-        reasons = cancellations(error)
-        return "TransactionConflict" in reasons and "ConditionalCheckFailed" not in reasons
+        return not _PASSING.isdisjoint(cancellations(error))
     return error_code(error) == "TransactionConflictException"
 
 
@@ -59,7 +63,7 @@ def through_conflicts(call: Callable[[], T]) -> T:
         except ClientError as error:
             if attempt == _CONFLICT_TRIES - 1 or not _is_conflict(error):
                 raise
-            time.sleep(_jitter.uniform(0, 0.01 * 2**attempt))
+            time.sleep(_jitter.uniform(0, min(0.01 * 2**attempt, _LONGEST_PAUSE)))
     raise AssertionError("unreachable")
 
 
@@ -81,7 +85,14 @@ def new_job(job: Job) -> dict[str, Any]:
         "deadline_at": number(job.deadline_at),
         "due_at": number(job.deadline_at if job.due_at is None else job.due_at),
         "attempts": number(0),
+        **receipt(job.credits),
+        "price_version": text(job.credits.price_version),
     }
+
+
+def receipt(credits: Receipt) -> dict[str, Any]:  # noqa: A002 (what they are called)
+    """Return the attributes of a job that hold its amounts."""
+    return {name: number(getattr(credits, name)) for name in ("reserved", "charged", "released")}
 
 
 def to_job(item: Item) -> Job:
@@ -115,5 +126,10 @@ def to_job(item: Item) -> Job:
         ),
         error_code=string("error_code"),
         error_detail=string("error_detail"),
-        remaining_credits=float(string("remaining_credits")) if "remaining_credits" in item else None,
+        credits=Receipt(
+            reserved=integer("reserved") or 0,
+            charged=integer("charged") or 0,
+            released=integer("released") or 0,
+            price_version=string("price_version"),
+        ),
     )

@@ -3,7 +3,13 @@
 ServiceError                        code                    HTTP  retryable
 ├── InvalidRequest                  invalid_request          400
 │   └── ImageUnreachable            image_unreachable        400
+├── InsufficientCredits             insufficient_credits     402
+├── Forbidden                       forbidden                403
+│   ├── KeyUnknown                  key_unknown              403
+│   ├── KeyDisabled                 key_disabled             403
+│   └── TeamDisabled                team_disabled            403
 ├── NotFound                        not_found                404
+├── AlreadyExists                   already_exists           409
 ├── IdempotencyInFlight             idempotency_in_flight    409
 ├── Gone                            gone                     410
 ├── TooLarge                        too_large                413
@@ -31,7 +37,7 @@ shown to the caller, so it never holds a secret, a traceback or another team's d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,6 +64,11 @@ class ServiceError(Exception):
         self.errors = tuple(errors)
         self.retry_after = retry_after
 
+    @property
+    def members(self) -> Mapping[str, int]:
+        """What a program can read of it, beside the code."""
+        return {}
+
     @classmethod
     def of_field(cls, field: str, detail: str) -> ServiceError:
         """Return the error that blames one field."""
@@ -77,8 +88,43 @@ class ImageUnreachable(InvalidRequest):
     code, title = "image_unreachable", "The image could not be fetched from its URL"
 
 
+class InsufficientCredits(ServiceError):
+    """The team's balance is short; amounts in thousandths of a credit."""
+
+    code, status, title = "insufficient_credits", 402, "Not enough credits"
+
+    def __init__(self, detail: str, *, price: int, balance: int) -> None:
+        super().__init__(detail)
+        self.price = price
+        self.balance = balance
+
+    @property
+    def members(self) -> Mapping[str, int]:
+        return {"price": self.price, "balance": self.balance}
+
+
+class Forbidden(ServiceError):
+    code, status, title = "forbidden", 403, "API key refused"
+
+
+class KeyUnknown(Forbidden):
+    code = "key_unknown"
+
+
+class KeyDisabled(Forbidden):
+    code = "key_disabled"
+
+
+class TeamDisabled(Forbidden):
+    code = "team_disabled"
+
+
 class NotFound(ServiceError):
     code, status, title = "not_found", 404, "Not found"
+
+
+class AlreadyExists(ServiceError):
+    code, status, title = "already_exists", 409, "Already exists"
 
 
 class IdempotencyInFlight(ServiceError):

@@ -24,9 +24,18 @@ def first_id_at(ms: int) -> str:
     return _encode(min(max(ms, 0), 2**48 - 1) << _RANDOM_BITS)
 
 
-def id_before(ulid: str) -> str:
-    """Return the ULID just below `ulid`."""
+def _decode(ulid: str) -> int:
     number = 0
     for character in ulid:
         number = number << 5 | _ALPHABET.index(character)
-    return _encode(max(number - 1, 0))
+    return number
+
+
+def ms_of(ulid: str) -> int:
+    """Return the epoch millisecond that a ULID was made in."""
+    return _decode(ulid) >> _RANDOM_BITS
+
+
+def id_before(ulid: str) -> str:
+    """Return the ULID just below `ulid`."""
+    return _encode(max(_decode(ulid) - 1, 0))

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from img2img.errors import JobError, OutputBlocked, job_error
 from img2img.params import Img2ImgParams
+from img2img.prices import Receipt
 
 DEADLINE_PASSED = "The job was not done before its deadline"
 
@@ -35,11 +36,6 @@ NEXT: Mapping[Status, frozenset[Status]] = {
     Status.FAILED: frozenset(),
     Status.CANCELED: frozenset(),
 }
-
-
-def before(status: Status) -> list[Status]:
-    """Return the statuses that may turn into `status`."""
-    return [old for old, new in NEXT.items() if status in new]
 
 
 class OutputStatus(StrEnum):
@@ -86,6 +82,7 @@ class Job:
     params: Img2ImgParams
     metadata: Mapping[str, str] = field(default_factory=dict)
     backend: str
+    credits: Receipt
     created_ms: int
     started_ms: int | None = None
     completed_ms: int | None = None
@@ -96,7 +93,6 @@ class Job:
     outputs: tuple[Output, ...] = ()
     error_code: str = ""
     error_detail: str = ""
-    remaining_credits: float | None = None
 
     @property
     def generation_seconds(self) -> float:
@@ -138,6 +134,23 @@ def missing(job: Job) -> list[int]:
 def given_up(job: Job, error: JobError) -> Job:
     """Return the job with every sample that has not ended failed: what was delivered until then stays."""
     return with_outputs(job, [failed_output(job, index, error) for index in missing(job)])
+
+
+def ended(job: Job, status: Status, *, at_ms: int, error: JobError | None = None) -> Job:
+    """Return the job at its end, with what it costs: nothing unless it succeeded, else what was delivered."""
+    delivered = sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs)
+    return replace(
+        job,
+        status=status,
+        completed_ms=at_ms,
+        due_at=None,
+        lease=None,
+        error_code=error.code if error else "",
+        error_detail=error.detail if error else "",
+        credits=job.credits.settled(
+            samples=job.params.samples, delivered=delivered if status is Status.SUCCEEDED else 0
+        ),
+    )
 
 
 def verdict(job: Job) -> JobError | None:

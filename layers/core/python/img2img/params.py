@@ -303,22 +303,36 @@ def parse_fields(
     return values, errors
 
 
+def _parse(body: Any, required: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise InvalidRequest.of_field("body", "must be a JSON object")
+    # Segmind's clients send null for "not set".
+    unset = {name for name, value in body.items() if value is None and name in _FIELDS and name not in required}
+    values, errors = parse_fields({name: value for name, value in body.items() if name not in unset}, _FIELDS)
+    errors += [FieldError(name, "is required") for name in required if name not in body]
+    if errors:
+        raise InvalidRequest.of_fields(errors)
+    return values
+
+
+def _params(values: Mapping[str, Any]) -> Img2ImgParams:
+    return Img2ImgParams(**{name: values[name] for name in _PARAMS if name in values})
+
+
 def parse_request(body: Any) -> Img2ImgRequest:
     """Check a decoded JSON body.
 
     Raises `InvalidRequest` naming every wrong, missing and unknown field with what it accepts.
     """
-    if not isinstance(body, dict):
-        raise InvalidRequest.of_field("body", "must be a JSON object")
-    # Segmind's clients send null for "not set".
-    unset = {name for name, value in body.items() if value is None and name in _FIELDS and name not in REQUIRED}
-    values, errors = parse_fields({name: value for name, value in body.items() if name not in unset}, _FIELDS)
-    errors += [FieldError(name, "is required") for name in REQUIRED if name not in body]
-    if errors:
-        raise InvalidRequest.of_fields(errors)
+    values = _parse(body, REQUIRED)
     return Img2ImgRequest(
-        params=Img2ImgParams(**{name: values[name] for name in _PARAMS if name in values}),
+        params=_params(values),
         image=values["image"],
         base64=values.get("base64", False),
         metadata=values.get("metadata", {}),
     )
+
+
+def parse_params(body: Any) -> Img2ImgParams:
+    """Check a decoded JSON body in which any field may be missing, and return the parameters. Raises as above."""
+    return _params({"prompt": "", **_parse(body, ())})

@@ -1,18 +1,25 @@
-"""A job as its team sees it: the one JSON form, wherever a job is shown."""
+"""What a team sees: the one JSON form of jobs and of its account, wherever they are shown."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from img2img.credits import Account
 from img2img.jobs import Job, Output, OutputStatus
+from img2img.params import Img2ImgParams
+from img2img.prices import Receipt
 from img2img.store import Page
+from img2img.usage import Row, UsageQuery, as_records, total
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
 
 
+UNIT = "1/1000 credit"
 MAX_PAGE_BYTES = 4_000_000
 
 
@@ -65,6 +72,7 @@ def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
             "backend_ms": round(job.generation_seconds * 1000) if job.outputs else None,
             "total_ms": _between(job.created_ms, job.completed_ms),
         },
+        "credits": asdict(job.credits),
         "metadata": dict(job.metadata),
         "urls": {"get": url, "cancel": f"{url}/cancel"},
     }
@@ -82,6 +90,35 @@ def page_document(services: Services, page: Page, base_url: str) -> dict[str, An
             return {"jobs": shown, "cursor": shown[-1]["id"]}
         shown.append(document)
     return {"jobs": shown, "cursor": page.cursor}
+
+
+def account_document(team: str, account: Account) -> dict[str, Any]:
+    """Return where a team stands."""
+    amounts = {"balance": account.balance, "reserved": account.reserved, "charged": account.charged}
+    return {"team": team, **amounts, "unit": UNIT}
+
+
+def cost_document(params: Img2ImgParams, backend: str, credits: Receipt) -> dict[str, Any]:  # noqa: A002
+    """Return what a job would cost, and the parameters it would have."""
+    return {
+        "price": credits.reserved,
+        "price_version": credits.price_version,
+        "unit": UNIT,
+        "backend": backend,
+        "input": params.as_dict(),
+    }
+
+
+def usage_document(query: UsageQuery, rows: Sequence[Row], labels: Mapping[str, str]) -> dict[str, Any]:
+    """Return a usage report; `labels` are those of the keys, by id."""
+    return {
+        "from": str(query.since),
+        "to": str(query.until),
+        "group_by": list(query.group_by),
+        "unit": UNIT,
+        "rows": as_records(rows, query.group_by, labels),
+        "total": asdict(total(rows)),
+    }
 
 
 def job_url(base_url: str, job_id: str) -> str:

@@ -31,7 +31,6 @@ from img2img.jobs import (
     failed_output,
     given_up,
     missing,
-    verdict,
     with_outputs,
 )
 from img2img.submit import RESEND_AFTER
@@ -65,7 +64,7 @@ class Run:
     """What a run came to.
 
     `job` is None when there was nothing to do, or the job moved on meanwhile; `retry_after` is seconds until the next
-    try.
+    try. `remaining_credits` is what Segmind last said of its account.
     """
 
     job: Job | None = None
@@ -168,28 +167,24 @@ def _conclude(services: Services, job: Job, samples: list[_Sample]) -> Run:
     done = [sample.output for sample in samples if sample.output]
     errors = {sample.index: sample.error for sample in samples if sample.error}
     again = [error for error in errors.values() if error.retryable]
-    left = [sample.remaining_credits for sample in samples if sample.remaining_credits is not None]
+    left = min((s.remaining_credits for s in samples if s.remaining_credits is not None), default=None)
     wait = _backoff(job, again, services.clock()) if again else None
     failed = [failed_output(job, index, e) for index, e in errors.items() if wait is None or not e.retryable]
     job = with_outputs(job, [*done, *failed])
-    if left:
-        job = replace(job, remaining_credits=min(left))
     if wait is None:
-        return _finish(services, job)
+        return replace(_finish(services, job), remaining_credits=left)
     # The message's own return comes first; `sweep` only steps in when that is lost.
     due_at = min(int(services.clock()) + wait + RESEND_AFTER, job.deadline_at)
     counts = not all(isinstance(error, BackendRateLimited) for error in again)
     if not services.jobs.release(job, due_at=due_at, counts=counts):
-        return _discard(services, job)
+        return replace(_discard(services, job), remaining_credits=left)
     logger.info("job waits", codes=sorted({e.code for e in again}), seconds=wait, attempt=job.attempts)
-    return Run(job, retry_after=wait, remaining_credits=job.remaining_credits)
+    return Run(job, retry_after=wait, remaining_credits=left)
 
 
 def _finish(services: Services, job: Job) -> Run:
-    ended = services.jobs.finish(job, error=verdict(job))
-    if ended is None:
-        return _discard(services, job)
-    return Run(ended, remaining_credits=job.remaining_credits)
+    ended = services.jobs.finish(job)
+    return Run(ended) if ended else _discard(services, job)
 
 
 def _discard(services: Services, job: Job) -> Run:
@@ -201,7 +196,7 @@ def _discard(services: Services, job: Job) -> Run:
     except NotFound:
         now = None
     _tidy(services, job.team, job.id, now)
-    return Run(remaining_credits=job.remaining_credits)
+    return Run()
 
 
 def _tidy(services: Services, team: str, job_id: str, now: Job | None) -> None:

@@ -23,7 +23,10 @@ class Settings:
     segmind_secret_id: str = _setting("SEGMIND_SECRET_ID", "Secrets Manager secret that holds the Segmind key")
     segmind_base_url: str = _setting("SEGMIND_BASE_URL", "address of Segmind's v1 API", "https://api.segmind.com/v1")
     segmind_timeout: int = _setting("SEGMIND_TIMEOUT_SECONDS", "longest wait for one Segmind answer", 90)
-    default_team: str = _setting("DEFAULT_TEAM", "team that every API key belongs to", "default")
+    price_base: str = _setting(
+        "PRICE_BASE", "thousandths of a credit for a sample of 20 steps and 512 x 512, `backend=` others", "1000"
+    )
+    low_balance: int = _setting("LOW_BALANCE_CREDITS", "balance below which a team counts as low, in credits", 10)
     lease_seconds: int = _setting("LEASE_SECONDS", "how long a claimed job belongs to one worker", 130)
     job_deadline: int = _setting("JOB_DEADLINE_SECONDS", "age at which an unfinished job fails", 1800)
     retention_days: int = _setting("RETENTION_DAYS", "days until jobs and their objects expire", 30)

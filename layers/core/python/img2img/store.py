@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aws_lambda_powertools import Logger
 from botocore.exceptions import ClientError
 
+from img2img.credits import WRITTEN_ONCE, refusal, reserve, settle
 from img2img.dynamo import (
     Item,
     cancellations,
@@ -16,14 +17,16 @@ from img2img.dynamo import (
     new_job,
     number,
     outputs_json,
+    receipt,
     text,
     through_conflicts,
     to_job,
 )
-from img2img.errors import JobError, NotFound
+from img2img.errors import NotFound
 from img2img.ids import first_id_at, id_before, new_id
-from img2img.jobs import NEXT, Job, Status, before
+from img2img.jobs import NEXT, Job, Status, ended, verdict
 from img2img.listing import JobFilter
+from img2img.usage import count
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -87,13 +90,14 @@ class JobStore:
         }
 
     def create(self, job: Job, guard: Guard | None = None) -> Guarded | None:
-        """Write a new job and its guard in one transaction.
+        """Write a new job, its guard and the reservation of its price in one transaction.
 
-        Returns None when written, or what the guard already holds; then nothing was written.
+        Returns None when written, or what the guard already holds; then nothing was written, nor when it raises
+        `InsufficientCredits` or `TeamDisabled`.
         """
-        not_written_before = "attribute_not_exists(pk)"
         writes: list[Any] = [
-            {"Put": {"TableName": self._table, "Item": self._new_item(job), "ConditionExpression": not_written_before}}
+            {"Put": {"TableName": self._table, "Item": self._new_item(job), "ConditionExpression": WRITTEN_ONCE}},
+            *reserve(self._table, job),
         ]
         if guard:
             now = job.created_ms // 1000
@@ -109,7 +113,7 @@ class JobStore:
                             "fingerprint": text(guard.fingerprint),
                             "expires_at": number(now + GUARD_TTL),
                         },
-                        "ConditionExpression": f"{not_written_before} OR {gone_by_now}",
+                        "ConditionExpression": f"{WRITTEN_ONCE} OR {gone_by_now}",
                         "ExpressionAttributeValues": {":now": number(now)},
                         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
                     }
@@ -119,10 +123,13 @@ class JobStore:
             through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
         except ClientError as error:
             reasons = error.response.get("CancellationReasons", [])
-            if not guard or cancellations(error)[1:] != ["ConditionalCheckFailed"]:
-                raise
-            held: Item = reasons[1]["Item"]
-            return Guarded(held["job_id"]["S"], held["fingerprint"]["S"])
+            _, account, _, *guarded = cancellations(error) or ("", "", "")
+            if guarded == ["ConditionalCheckFailed"]:
+                held: Item = reasons[3]["Item"]
+                return Guarded(held["job_id"]["S"], held["fingerprint"]["S"])
+            if account == "ConditionalCheckFailed":
+                raise refusal(job.credits.reserved, reasons[1].get("Item")) from None
+            raise
         return None
 
     def get(self, team: str, job_id: str) -> Job:
@@ -248,76 +255,62 @@ class JobStore:
         # As with the claim, an answer may have been lost.
         return released or (held is not None and held.status is Status.QUEUED and held.due_at == due_at)
 
-    def finish(self, job: Job, *, error: JobError | None) -> Job | None:
-        """End a job that the caller holds as claimed or, for `sweep`, as last seen.
+    def finish(self, job: Job) -> Job | None:
+        """End a job whose samples have all ended, which the caller holds as claimed or, for `sweep`, as last seen.
 
         Returns the ended job, or None when it has moved on meanwhile; then nothing was written.
         """
+        error = verdict(job)
         status = Status.FAILED if error else Status.SUCCEEDED
         if status not in NEXT[job.status]:
             return None
-        now_ms = int(self._clock() * 1000)
-        ended = replace(
-            job,
-            status=status,
-            completed_ms=now_ms,
-            due_at=None,
-            lease=None,
-            error_code=error.code if error else "",
-            error_detail=error.detail if error else "",
-        )
         as_seen = "#status = :seen"
         # A queued job may have been run and queued again since.
-        unchanged = "lease = :lease" if job.lease else "attribute_not_exists(lease) AND due_at = :due"
-        values: dict[str, Any] = {
-            ":seen": text(job.status),
-            ":status": text(status),
-            ":completed": number(now_ms),
-            ":outputs": outputs_json(job.outputs),
-            ":code": text(ended.error_code),
-            ":detail": text(ended.error_detail),
+        unchanged = "lease = :held" if job.lease else "attribute_not_exists(lease) AND due_at = :held"
+        held = text(job.lease) if job.lease else number(job.due_at or 0)
+        return self._end(
+            ended(job, status, at_ms=int(self._clock() * 1000), error=error),
+            f"{as_seen} AND {unchanged}",
+            {":seen": text(job.status), ":held": held},
+        )
+
+    def _end(self, job: Job, condition: str, values: Mapping[str, Any]) -> Job | None:
+        """Write a job's end, settle its credits and count it, in one transaction. Returns None if refused."""
+        sets = {
+            "status": text(job.status),
+            "completed_ms": number(job.completed_ms or 0),
+            "outputs": outputs_json(job.outputs),
+            "error_code": text(job.error_code),
+            "error_detail": text(job.error_detail),
+            **receipt(job.credits),
         }
-        sets = "#status = :status, completed_ms = :completed, outputs = :outputs"
-        sets += ", error_code = :code, error_detail = :detail"
-        if job.lease:
-            values[":lease"] = text(job.lease)
-        else:
-            values[":due"] = number(job.due_at or 0)
-        if job.remaining_credits is not None:
-            sets += ", remaining_credits = :remaining"
-            values[":remaining"] = text(repr(job.remaining_credits))
         update: Any = {
             "TableName": self._table,
             "Key": self._key(job.team, job.id),
-            "UpdateExpression": f"SET {sets} REMOVE lease, due_at, open_shard",
-            "ConditionExpression": f"{as_seen} AND {unchanged}",
-            "ExpressionAttributeNames": {"#status": "status"},
-            "ExpressionAttributeValues": values,
+            "UpdateExpression": f"SET {', '.join(f'#{name} = :{name}' for name in sets)} "
+            "REMOVE lease, due_at, open_shard",
+            "ConditionExpression": condition,
+            "ExpressionAttributeNames": {f"#{name}": name for name in sets},
+            "ExpressionAttributeValues": {f":{name}": value for name, value in sets.items()} | dict(values),
         }
+        writes = [{"Update": update}, *settle(self._table, job), count(self._table, job)]
         try:
-            through_conflicts(lambda: self._client.transact_write_items(TransactItems=[{"Update": update}]))
+            through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
         except ClientError as failure:
-            if "ConditionalCheckFailed" not in cancellations(failure):
+            if cancellations(failure)[:1] != ["ConditionalCheckFailed"]:
                 raise
             return None
-        return ended
+        return job
 
     def cancel(self, team: str, job_id: str) -> Job:
         """Cancel an unfinished job and forget its outputs; a finished one stays as it is. Raises `NotFound`."""
-        cancelable = [f":from{number}" for number, _ in enumerate(before(Status.CANCELED))]
-        _, job = self._update(
-            team,
-            job_id,
-            "SET #status = :canceled, completed_ms = :now REMOVE lease, due_at, open_shard, outputs",
-            f"#status IN ({', '.join(cancelable)})",
-            {
-                ":canceled": text(Status.CANCELED),
-                ":now": number(int(self._clock() * 1000)),
-                **dict(zip(cancelable, map(text, before(Status.CANCELED)), strict=True)),
-            },
-        )
-        if job is None:
-            raise NotFound(f"There is no job {job_id}")
+        job = self.get(team, job_id)
+        while Status.CANCELED in NEXT[job.status]:
+            canceled = ended(replace(job, outputs=()), Status.CANCELED, at_ms=int(self._clock() * 1000))
+            as_seen = "#status = :seen"
+            if self._end(canceled, as_seen, {":seen": text(job.status)}):
+                return canceled
+            job = self.get(team, job_id)
         return job
 
     def delete(self, team: str, job_id: str) -> None:

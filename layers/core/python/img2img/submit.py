@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +11,7 @@ from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
-from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, InvalidRequest, NotFound
+from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, InvalidRequest, NotFound, ServiceError
 from img2img.ids import new_id
 from img2img.jobs import Job, Output, Status
 from img2img.params import ImageUrl, Img2ImgRequest, InlineImage
@@ -86,13 +87,19 @@ def _create(services: Services, caller: Caller, request: Img2ImgRequest, key: st
         params=params,
         metadata=request.metadata,
         backend=BACKEND,
+        credits=services.prices.quote(params, BACKEND),
         created_ms=int(now * 1000),
         due_at=min(int(now) + RESEND_AFTER, deadline_at),
         deadline_at=deadline_at,
     )
     services.storage.put_input(job.team, job.id, png)
     guard = Guard(job.team, key, request.fingerprint) if key else None
-    guarded = services.jobs.create(job, guard)
+    try:
+        guarded = services.jobs.create(job, guard)
+    except ServiceError:
+        with suppress(BotoCoreError, ClientError):
+            services.storage.delete_input(job.team, job.id)
+        raise
     if guarded:
         # An earlier request crashed between this transaction and the idempotency record's completion.
         services.storage.delete_input(job.team, job.id)
@@ -114,7 +121,8 @@ def submit(
     """Create a job, or find the one that an earlier request with the same `Idempotency-Key` created.
 
     Raises `InvalidRequest`, `UnsupportedImage`, `TooLarge` and `NotFound` about the request, `IdempotencyInFlight`
-    while another request with the key is being worked on, `IdempotencyKeyReused` for another payload.
+    while another request with the key is being worked on, `IdempotencyKeyReused` for another payload,
+    `InsufficientCredits` and `TeamDisabled` about the team.
     """
     if idempotency_key is None:
         return Submission(_create(services, caller, request, None)[0], replayed=False)
@@ -191,4 +199,13 @@ def pictures(services: Services, outputs: Sequence[Output]) -> list[bytes] | Non
         return [services.storage.get_output(output) for output in outputs]
     except (BotoCoreError, ClientError) as error:
         logger.warning("output not read", error=type(error).__name__)
+        return None
+
+
+def balance(services: Services, team: str) -> int | None:
+    """Return a team's balance, or None when it cannot be read now: an answer that is paid for goes out without it."""
+    try:
+        return services.credits.account(team).balance
+    except (BotoCoreError, ClientError) as error:
+        logger.warning("balance not read", error=type(error).__name__)
         return None
