@@ -3,10 +3,11 @@
 SHELL := /bin/sh
 
 PYTHON ?= python3
-# The stack that deploy, secret and logs work on. Empty REGION: the region of the AWS profile.
+# The stack that deploy, secret, admin and logs work on. Empty REGION: the region of the AWS profile.
 STACK ?= img2img
 REGION ?=
-# Passed on: make test ARGS="tests/unit -k fetch", make run ARGS="--port 3100", make demo ARGS="photo.heic 'in winter'".
+# Passed on: make test ARGS="tests/unit -k fetch", make run ARGS="--port 3100", make demo ARGS="photo.heic 'in winter'",
+# make admin ARGS="credits add acme 100".
 ARGS ?=
 WORKERS ?= 2
 SAM_VERSION := 1.170.0
@@ -27,7 +28,7 @@ SAM_BUILD = MAKEFLAGS= PYTHON=$(CURDIR)/$(PY) $(SAM) build
 
 in_region = $(if $(REGION),--region $(REGION))
 
-.PHONY: help install run demo test lint build deploy secret logs bench clean
+.PHONY: help install run demo test lint build deploy secret admin logs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +60,9 @@ deploy: $(DEV) $(SAM_CLI) ## Deploy to AWS; asks for the parameters the first ti
 
 secret: $(RUN) ## Store the Segmind key of a deployed stack; asks for it, or reads it from a pipe
 	@$(PY) -c "$$STORE_SECRET" "$(STACK)" "$(REGION)"
+
+admin: $(RUN) ## Manage teams, keys and credits of a deployed stack: ARGS="team create acme"; ARGS=--help lists the commands
+	@$(PY) -m img2img --stack $(STACK) $(in_region) $(ARGS)
 
 logs: $(SAM_CLI) ## Follow the logs of a deployed stack
 	$(SAM) logs --stack-name $(STACK) $(in_region) --tail
