@@ -12,15 +12,18 @@ import botocore
 
 from tests.bench.setting import ROOT, Context, report, silence
 
-# What section 6 of the design allows each flow, on a function that has run before. An upload costs a read, and its
-# prepared picture is stored as one from the body is. A replay is one refused write and one read.
+# What section 6 of the design allows each flow, on a function that has run before. A caller's first request reads key
+# and team. An upload costs a read, and its prepared picture is stored as one from the body is. A replay is one refused
+# write and two reads: of the job and, once it has ended, of the balance. A sweep asks each of four shards, and for the
+# list of teams.
 CREATE = {"dynamodb.TransactWriteItems": 1, "sqs.SendMessage": 1, "s3.PutObject": 1}
 KEY = {"dynamodb.PutItem": 1, "dynamodb.UpdateItem": 1}
 ALLOWED: dict[str, dict[str, int]] = {
+    "create, a caller's first": CREATE | {"dynamodb.GetItem": 2},
     "create, image in the body": CREATE,
     "create, with a key": CREATE | KEY,
     "create, of an upload": CREATE | {"s3.GetObject": 1},
-    "replay of a key": {"dynamodb.PutItem": 1, "dynamodb.GetItem": 1},
+    "replay of a key": {"dynamodb.PutItem": 1, "dynamodb.GetItem": 2},
     "poll": {"dynamodb.GetItem": 1},
     **{
         f"run, {samples} sample{'s' if samples > 1 else ''}": {
@@ -32,6 +35,9 @@ ALLOWED: dict[str, dict[str, int]] = {
         }
         for samples in (1, 4)
     },
+    "cancel": {"dynamodb.GetItem": 1, "dynamodb.TransactWriteItems": 1},
+    "balance": {"dynamodb.GetItem": 1},
+    "sweep, nothing due": {"dynamodb.Query": 5, "dynamodb.BatchGetItem": 1},
 }
 
 _calls: Counter[str] = Counter()
@@ -68,7 +74,8 @@ def main() -> None:
                 raise SystemExit(f"{name}: not done")
             system.sqs.delete_message(QueueUrl=os.environ["JOBS_QUEUE_URL"], ReceiptHandle=record["receiptHandle"])
 
-        system.create()
+        with counted("create, a caller's first"):
+            system.create()
         run("warm-up: the worker reads the Segmind key with its first job")
         with counted("create, image in the body"):
             job = system.create().json
@@ -85,7 +92,15 @@ def main() -> None:
         photo = (ROOT / "events" / "sample.jpg").read_bytes()
         upload = system.api("POST", "/uploads", photo, {"Content-Type": "image/jpeg"}).json
         with counted("create, of an upload"):
-            system.create(image=upload["id"])
+            unfinished = system.create(image=upload["id"]).json
+        with counted("cancel"):
+            canceled = system.api("POST", f"/jobs/{unfinished['id']}/cancel").json
+        if canceled["status"] != "canceled":
+            raise SystemExit(f"not canceled: {canceled}")
+        with counted("balance"):
+            system.api("GET", "/balance")
+        with counted("sweep, nothing due"):
+            system.sweep()
     report({name: (made[name], allowed) for name, allowed in ALLOWED.items()})
 
 

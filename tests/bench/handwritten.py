@@ -16,8 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-TEAM = "default"
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_BASE = 1000
+_WRITTEN_ONCE = "attribute_not_exists(pk)"
+# Which team a key belongs to, and until when that need not be looked up again.
+_seen: dict[str, tuple[float, str]] = {}
 
 
 def _ulid(ms: int) -> str:
@@ -41,8 +44,52 @@ def fitted(data: bytes, width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
+def _team_of(dynamodb: Any, key_id: str) -> str:
+    until, team = _seen.get(key_id, (0.0, ""))
+    if time.time() < until:
+        return team
+    table = os.environ["JOBS_TABLE"]
+    place = {"pk": {"S": f"KEY#{key_id}"}, "sk": {"S": "KEY"}}
+    key = dynamodb.get_item(TableName=table, Key=place, ConsistentRead=True)["Item"]
+    team = key["team"]["S"]
+    place = {"pk": {"S": f"TEAM#{team}"}, "sk": {"S": "TEAM"}}
+    item = dynamodb.get_item(TableName=table, Key=place, ConsistentRead=True)["Item"]
+    if not key["enabled"]["BOOL"] or not item["enabled"]["BOOL"]:
+        raise PermissionError(key_id)
+    _seen[key_id] = (time.time() + 60, team)
+    return team
+
+
+def _account(team: str, condition: str, values: dict[str, Any], *, balance: int, reserved: int, charged: int) -> Any:
+    """Return the write that changes a team's account."""
+    return {
+        "Update": {
+            "TableName": os.environ["JOBS_TABLE"],
+            "Key": {"pk": {"S": f"TEAM#{team}"}, "sk": {"S": "TEAM"}},
+            "UpdateExpression": "ADD balance :balance, reserved :reserved, charged :charged, added :added, "
+            "entries :entries",
+            "ConditionExpression": condition,
+            "ExpressionAttributeValues": {
+                ":balance": {"N": str(balance)},
+                ":reserved": {"N": str(reserved)},
+                ":charged": {"N": str(charged)},
+                ":added": {"N": "0"},
+                ":entries": {"N": "1"},
+                **values,
+            },
+            "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        }
+    }
+
+
+def _put_once(item: dict[str, Any]) -> Any:
+    return {"Put": {"TableName": os.environ["JOBS_TABLE"], "Item": item, "ConditionExpression": _WRITTEN_ONCE}}
+
+
 def create(clients: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
     """Answer `POST /sd1.5-img2img` with `Prefer: respond-async`."""
+    context = event["requestContext"]
+    team = _team_of(clients["dynamodb"], context["identity"]["apiKeyId"])
     body = json.loads(event["body"])
     params = {
         "prompt": body["prompt"],
@@ -59,15 +106,16 @@ def create(clients: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
         "output_format": body.get("output_format"),
     }
     png = fitted(base64.b64decode(body["image"]), params["img_width"], params["img_height"])
-    context = event["requestContext"]
+    steps, pixels = params["num_inference_steps"], params["img_width"] * params["img_height"]
+    price = -(-_BASE * steps * pixels // (20 * 512 * 512)) * params["samples"]
     ms = int(time.time() * 1000)
     now = ms // 1000
     job_id = _ulid(ms)
     clients["s3"].put_object(
-        Bucket=os.environ["UPLOADS_BUCKET"], Key=f"inputs/{TEAM}/{job_id}.png", Body=png, ContentType="image/png"
+        Bucket=os.environ["UPLOADS_BUCKET"], Key=f"inputs/{team}/{job_id}.png", Body=png, ContentType="image/png"
     )
     item = {
-        "pk": {"S": f"TEAM#{TEAM}"},
+        "pk": {"S": f"TEAM#{team}"},
         "sk": {"S": f"JOB#{job_id}"},
         "key_id": {"S": context["identity"]["apiKeyId"]},
         "correlation_id": {"S": context["requestId"]},
@@ -80,11 +128,26 @@ def create(clients: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
         "due_at": {"N": str(now + 60)},
         "open_shard": {"S": f"OPEN#{sum(job_id.encode()) % 4}"},
         "attempts": {"N": "0"},
+        "reserved": {"N": str(price)},
+        "charged": {"N": "0"},
+        "released": {"N": "0"},
+        "price_version": {"S": f"1:{_BASE}"},
         "expires_at": {"N": str(now + 30 * 86_400)},
     }
-    write = {"TableName": os.environ["JOBS_TABLE"], "Item": item, "ConditionExpression": "attribute_not_exists(pk)"}
-    clients["dynamodb"].transact_write_items(TransactItems=[{"Put": write}])
-    message = {"team": TEAM, "job_id": job_id, "correlation_id": context["requestId"]}
+    in_service = {":true": {"BOOL": True}, ":price": {"N": str(price)}}
+    entry = {
+        "pk": {"S": f"TEAM#{team}"},
+        "sk": {"S": f"LEDGER#{job_id}#reserve"},
+        "at_ms": {"N": str(ms)},
+        "reserved": {"N": str(price)},
+    }
+    writes = [
+        _put_once(item),
+        _account(team, "enabled = :true AND balance >= :price", in_service, balance=-price, reserved=price, charged=0),
+        _put_once(entry),
+    ]
+    clients["dynamodb"].transact_write_items(TransactItems=writes)
+    message = {"team": team, "job_id": job_id, "correlation_id": context["requestId"]}
     clients["sqs"].send_message(QueueUrl=os.environ["JOBS_QUEUE_URL"], MessageBody=json.dumps(message))
     url = f"https://{event['headers']['Host']}/v1/jobs/{job_id}"
     document = {
@@ -98,6 +161,7 @@ def create(clients: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
         "outputs": [],
         "error": None,
         "metrics": {"queue_ms": None, "backend_ms": None, "total_ms": None},
+        "credits": {"reserved": price, "charged": 0, "released": 0, "price_version": f"1:{_BASE}"},
         "metadata": {},
         "urls": {"get": url, "cancel": f"{url}/cancel"},
     }
@@ -124,8 +188,7 @@ class Worker:
         """Run the job of the event's only record."""
         message = json.loads(event["Records"][0]["body"])
         job_key = {"pk": {"S": f"TEAM#{message['team']}"}, "sk": {"S": f"JOB#{message['job_id']}"}}
-        lease, now, table = self._claim(job_key)
-        job = now["Attributes"]
+        job = self._claim(job_key)
         params = json.loads(job["params"]["S"])
         found = self._clients["s3"].get_object(
             Bucket=os.environ["UPLOADS_BUCKET"], Key=f"inputs/{message['team']}/{message['job_id']}.png"
@@ -172,14 +235,13 @@ class Worker:
             "sha256": sha256,
             "seconds": seconds,
         }
-        self._finish(table, job_key, lease, output, float(answer.headers["x-remaining-credits"]))
+        self._finish(message["team"], message["job_id"], job, output)
         return {"batchItemFailures": []}
 
-    def _claim(self, job_key: dict[str, Any]) -> tuple[str, dict[str, Any], str]:
-        table = os.environ["JOBS_TABLE"]
+    def _claim(self, job_key: dict[str, Any]) -> Any:
         ms = int(time.time() * 1000)
         answer = self._clients["dynamodb"].update_item(
-            TableName=table,
+            TableName=os.environ["JOBS_TABLE"],
             Key=job_key,
             UpdateExpression="SET #status = :processing, lease = :lease, due_at = :due, "
             "started_ms = if_not_exists(started_ms, :now_ms) ADD attempts :one",
@@ -197,28 +259,62 @@ class Worker:
             ReturnValues="ALL_NEW",
             ReturnValuesOnConditionCheckFailure="ALL_OLD",
         )
-        return answer["Attributes"]["lease"]["S"], answer, table
+        return answer["Attributes"]
 
-    def _finish(
-        self, table: str, job_key: dict[str, Any], lease: str, output: dict[str, Any], remaining: float
-    ) -> None:
+    def _finish(self, team: str, job_id: str, job: Any, output: dict[str, Any]) -> None:
+        table, ms = os.environ["JOBS_TABLE"], int(time.time() * 1000)
+        reserved = int(job["reserved"]["N"])
+        charged = reserved if output["status"] == "succeeded" else 0
+        released = reserved - charged
+        sets = {
+            "status": {"S": "succeeded"},
+            "completed_ms": {"N": str(ms)},
+            "outputs": {"S": json.dumps([output])},
+            "error_code": {"S": ""},
+            "error_detail": {"S": ""},
+            "reserved": {"N": str(reserved)},
+            "charged": {"N": str(charged)},
+            "released": {"N": str(released)},
+        }
         update = {
             "TableName": table,
-            "Key": job_key,
-            "UpdateExpression": "SET #status = :status, completed_ms = :completed, outputs = :outputs, "
-            "error_code = :code, error_detail = :detail, remaining_credits = :remaining "
+            "Key": {"pk": {"S": f"TEAM#{team}"}, "sk": {"S": f"JOB#{job_id}"}},
+            "UpdateExpression": f"SET {', '.join(f'#{name} = :{name}' for name in sets)} "
             "REMOVE lease, due_at, open_shard",
-            "ConditionExpression": "#status = :seen AND lease = :lease",
-            "ExpressionAttributeNames": {"#status": "status"},
+            "ConditionExpression": "#status = :seen AND lease = :held",
+            "ExpressionAttributeNames": {f"#{name}": name for name in sets},
             "ExpressionAttributeValues": {
+                **{f":{name}": value for name, value in sets.items()},
                 ":seen": {"S": "processing"},
-                ":status": {"S": "succeeded"},
-                ":completed": {"N": str(int(time.time() * 1000))},
-                ":outputs": {"S": json.dumps([output])},
-                ":code": {"S": ""},
-                ":detail": {"S": ""},
-                ":lease": {"S": lease},
-                ":remaining": {"S": repr(remaining)},
+                ":held": job["lease"],
             },
         }
-        self._clients["dynamodb"].transact_write_items(TransactItems=[{"Update": update}])
+        amounts = {
+            name: {"N": str(amount)} for name, amount in (("charged", charged), ("released", released)) if amount
+        }
+        entry = {"pk": {"S": f"TEAM#{team}"}, "sk": {"S": f"LEDGER#{job_id}#settle"}, "at_ms": {"N": str(ms)}}
+        day = time.strftime("%Y-%m-%d", time.gmtime(ms // 1000))
+        usage = {
+            "TableName": table,
+            "Key": {
+                "pk": {"S": f"TEAM#{team}"},
+                "sk": {"S": f"USAGE#{day}#{job['key_id']['S']}#{job['backend']['S']}"},
+            },
+            "UpdateExpression": "ADD jobs :jobs, succeeded :succeeded, failed :failed, canceled :canceled, "
+            "images :images, charged :charged",
+            "ExpressionAttributeValues": {
+                ":jobs": {"N": "1"},
+                ":succeeded": {"N": "1"},
+                ":failed": {"N": "0"},
+                ":canceled": {"N": "0"},
+                ":images": {"N": "1"},
+                ":charged": {"N": str(charged)},
+            },
+        }
+        writes = [
+            {"Update": update},
+            _account(team, "attribute_exists(pk)", {}, balance=released, reserved=-reserved, charged=charged),
+            _put_once({**entry, **amounts}),
+            {"Update": usage},
+        ]
+        self._clients["dynamodb"].transact_write_items(TransactItems=writes)

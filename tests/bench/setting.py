@@ -16,6 +16,7 @@ SEGMIND_PATH = "/sd1.5-img2img"
 SEED = 1234567890
 MAX_PIXELS = 64_000_000
 PROMPT = "a castle on a hill, oil painting, evening light"
+TEAM, KEY_ID = "default", "key-of-the-bench"
 JOB_ID = "01JABCDEFGHJKMNPQRSTVWXYZ0"
 REQUEST_ID = "7f1c1f6e-5a43-4c3e-9f56-0d3a4a1e2b3c"
 
@@ -100,7 +101,7 @@ def rest_event(method: str, path: str, body: Any = None, **headers: str) -> dict
             "resourcePath": path,
             "httpMethod": method,
             "domainName": "api.example",
-            "identity": {"sourceIp": "203.0.113.1", "apiKeyId": "key-of-the-bench", "apiKey": "the-api-key"},
+            "identity": {"sourceIp": "203.0.113.1", "apiKeyId": KEY_ID, "apiKey": "the-api-key"},
         },
         "body": None if body is None else json.dumps(body),
         "isBase64Encoded": False,
@@ -114,7 +115,7 @@ def queue_event() -> dict[str, Any]:
             {
                 "messageId": "8a9b0c1d-5a43-4c3e-9f56-0d3a4a1e2b3c",
                 "receiptHandle": "receipt",
-                "body": json.dumps({"team": "default", "job_id": JOB_ID, "correlation_id": REQUEST_ID}),
+                "body": json.dumps({"team": TEAM, "job_id": JOB_ID, "correlation_id": REQUEST_ID}),
                 "attributes": {},
                 "messageAttributes": {},
                 "eventSource": "aws:sqs",
@@ -147,9 +148,9 @@ def claimed_item() -> dict[str, Any]:
     """Return the job as the table holds it once it is claimed."""
     now = int(time.time())
     return {
-        "pk": {"S": "TEAM#default"},
+        "pk": {"S": f"TEAM#{TEAM}"},
         "sk": {"S": f"JOB#{JOB_ID}"},
-        "key_id": {"S": "key-of-the-bench"},
+        "key_id": {"S": KEY_ID},
         "correlation_id": {"S": REQUEST_ID},
         "status": {"S": "processing"},
         "params": {"S": json.dumps(params())},
@@ -162,7 +163,40 @@ def claimed_item() -> dict[str, Any]:
         "open_shard": {"S": "OPEN#0"},
         "lease": {"S": JOB_ID},
         "attempts": {"N": "1"},
+        "reserved": {"N": "1000"},
+        "charged": {"N": "0"},
+        "released": {"N": "0"},
+        "price_version": {"S": "1:1000"},
         "expires_at": {"N": str(now + 30 * 86_400)},
+    }
+
+
+def key_item() -> dict[str, Any]:
+    """Return the API key as the table holds it."""
+    return {
+        "pk": {"S": f"KEY#{KEY_ID}"},
+        "sk": {"S": "KEY"},
+        "key_id": {"S": KEY_ID},
+        "team": {"S": TEAM},
+        "label": {"S": "bench"},
+        "enabled": {"BOOL": True},
+        "created_ms": {"N": "1767225600000"},
+    }
+
+
+def team_item() -> dict[str, Any]:
+    """Return the team as the table holds it."""
+    return {
+        "pk": {"S": f"TEAM#{TEAM}"},
+        "sk": {"S": "TEAM"},
+        "name": {"S": TEAM},
+        "enabled": {"BOOL": True},
+        "created_ms": {"N": "1767225600000"},
+        "balance": {"N": "1000000"},
+        "reserved": {"N": "0"},
+        "charged": {"N": "0"},
+        "added": {"N": "1000000"},
+        "entries": {"N": "1"},
     }
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 from typing import Any
 
-from tests.bench.setting import INPUT_FILE, OUTPUT_FILE, SEGMIND_PATH, claimed_item
+from tests.bench.setting import INPUT_FILE, OUTPUT_FILE, SEGMIND_PATH, claimed_item, key_item, team_item
 
 JSON = "application/x-amz-json-1.0"
 
@@ -37,6 +37,10 @@ class _Stub:
         match target:
             case "UpdateItem":
                 return _response(JSON, self._claimed)
+            case "GetItem":
+                wanted = json.loads(body)["Key"]["sk"]["S"]
+                item = {"KEY": key_item, "TEAM": team_item}[wanted]()
+                return _response(JSON, json.dumps({"Item": item}).encode())
             case "SendMessage":
                 message = json.loads(body)["MessageBody"].encode()
                 digest = hashlib.md5(message, usedforsecurity=False).hexdigest()

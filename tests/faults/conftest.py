@@ -19,4 +19,5 @@ def _deployment():
 def deployment(_deployment):
     """The functions in one process, whose calls can be seen and interrupted."""
     _deployment.fresh()
-    return _deployment
+    yield _deployment
+    _deployment.assert_books_balance()

@@ -5,19 +5,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cache
 from typing import Any
 
 from PIL import Image
 
 from img2img import bootstrap
+from img2img.audit import audit
+from img2img.credits import Account, Credits, Entry, Phase
+from img2img.dynamo import to_job
+from img2img.jobs import Job, OutputStatus, Status
 from img2img.params import Img2ImgParams
+from img2img.store import JobStore
+from img2img.usage import UsageStore, total
 from tests.faults.calls import SEED, Calls, Kill, Killed, Step
-from tests.system import Answer, Context, System, function, rest_event
+from tests.system import API_KEY_ID, Answer, Context, System, create_team, function, rest_event
 
+TEAM = "default"
+# What a sample of every job here costs, in thousandths of a credit.
+PRICE = 1000
 LEASE = 130
 VISIBILITY = 720
 # Two samples run in threads of their own: these are the ways their calls can fall.
@@ -55,13 +65,24 @@ class Deployment:
     calls: Calls
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # With a client that was made before any was watched, so that looking at the books is no call of a process.
+        client, clock = self.system.dynamodb, self.system.clock
+        self._credits = Credits(client, "jobs", clock=clock)
+        self._jobs = JobStore(client, "jobs", retention_days=0, clock=clock)
+        self._usage = UsageStore(client, "jobs")
+
     def fresh(self) -> None:
-        """Start a test: an empty table and queue, a backend that has seen nothing, a new process."""
+        """Start a test: a team that has paid, nothing else stored or sent, an unused backend, a new process."""
         for item in self.system.dynamodb.scan(TableName="jobs", ProjectionExpression="pk, sk")["Items"]:
             self.system.dynamodb.delete_item(TableName="jobs", Key={name: item[name] for name in ("pk", "sk")})
+        for bucket in ("uploads", "results"):
+            for key in self.system.objects(bucket):
+                self.system.s3.delete_object(Bucket=bucket, Key=key)
         self.lose_messages()
         self.system.segmind.reset()
         self.system.clock.ahead = 0.0
+        create_team(self.system.services, TEAM)
         self.restart()
 
     def lose_messages(self) -> None:
@@ -73,7 +94,8 @@ class Deployment:
         self.held.clear()
 
     def restart(self) -> None:
-        """Put a new process in place of a dead one: it knows nothing but its environment."""
+        """Put a new process in place of a dead one, which left the books in order: it knows only its environment."""
+        self.assert_books_balance()
         bootstrap.services.cache_clear()
         self.system.services = bootstrap.services()
         self.system.services.clock = self.system.clock
@@ -82,6 +104,10 @@ class Deployment:
         """Have the worker know the Segmind key already: else each thread of a first job reads it, or does not."""
         self.system.services.backend.generate(fitted_picture(), Img2ImgParams(prompt="warm", seed=SEED), SEED)
         self.system.segmind.reset()
+
+    def warm_api(self) -> None:
+        """Have the API know the caller already: else its first call looks up key and team."""
+        self.system.services.teams.team_of(API_KEY_ID)
 
     def new_job(self, **fields: Any) -> str:
         """Create a job and hold its message."""
@@ -116,12 +142,14 @@ class Deployment:
         for message_id in list(self.held if message_ids is None else message_ids):
             if self.system.work(self.held[message_id]):
                 del self.held[message_id]
+            self.assert_books_balance()
 
     def run(self, step: Step, message_id: str | None = None) -> None:
         """Hand one message to the worker while its calls are shown to `step`. Its message stays in the queue."""
         record = self.held[message_id or next(iter(self.held))]
         with self.calls.shown_to(step):
             function("worker").handler({"Records": [record]}, Context(120))
+        self.assert_books_balance()
 
     def kill_worker(self, name: str, moment: str, order: Sequence[str] = ()) -> None:
         """Have the worker die at one of its calls, and another one take its place."""
@@ -148,10 +176,14 @@ class Deployment:
         found: dict[str, Any] = self.system.dynamodb.get_item(TableName="jobs", Key=key).get("Item", {})
         return found
 
+    def job_items(self) -> list[dict[str, Any]]:
+        """Return every job's item."""
+        items = self.system.dynamodb.scan(TableName="jobs")["Items"]
+        return [item for item in items if item["sk"]["S"].startswith("JOB#")]
+
     def job_ids(self) -> set[str]:
         """Return the ids of every job in the table."""
-        items = self.system.dynamodb.scan(TableName="jobs", ProjectionExpression="pk, sk")["Items"]
-        return {item["sk"]["S"].removeprefix("JOB#") for item in items if item["sk"]["S"].startswith("JOB#")}
+        return {item["sk"]["S"].removeprefix("JOB#") for item in self.job_items()}
 
     def results(self, job_id: str) -> list[str]:
         """Return the keys of a job's stored outputs."""
@@ -196,6 +228,61 @@ class Deployment:
         """Check that nothing will ever touch the job again: no message, no lease, no place in the sweep's index."""
         assert self.system.messages() == 0
         assert not {"lease", "due_at", "open_shard"} & set(self.item(job_id))
+        self.assert_books_balance()
+
+    def account(self) -> Account:
+        """Return where the team stands."""
+        return self._credits.account(TEAM)
+
+    def spent(self) -> int:
+        """Return what the team's jobs have taken from its balance, for good or for now."""
+        account = self.account()
+        return account.added - account.balance
+
+    def leave(self, amount: int) -> None:
+        """Take credits back until the team has only so many left."""
+        self._credits.add(TEAM, amount - self.account().balance)
+
+    def assert_books_balance(self) -> None:
+        """Check the account, the ledger, each job's receipt and the counters of usage against each other."""
+        found = audit(self._credits, self._jobs, TEAM)
+        assert (found.still, found.differences) == (True, ())
+        account = found.account
+        assert account.added == account.balance + account.reserved + account.charged
+        assert min(account.balance, account.reserved) >= 0, account
+
+        entries: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self._credits.ledger(TEAM):
+            if entry.phase is not Phase.TOP_UP:
+                entries[entry.about].append(entry)
+        jobs = {job.id: job for job in map(to_job, self.job_items())}
+        for job_id in entries.keys() | jobs.keys():
+            # A job is deleted only after its end.
+            over = job_id not in jobs or jobs[job_id].status.is_terminal
+            phases = [Phase.RESERVE, Phase.SETTLE] if over else [Phase.RESERVE]
+            assert [entry.phase for entry in entries[job_id]] == phases, entries[job_id]
+        for job in jobs.values():
+            _assert_paid(job, entries[job.id])
+        assert account.reserved == sum(job.credits.reserved for job in jobs.values() if not job.status.is_terminal)
+
+        settled = [entry for of_job in entries.values() for entry in of_job if entry.phase is Phase.SETTLE]
+        assert account.charged == sum(entry.charged for entry in settled)
+        used = total(self._usage.rows(TEAM, date.min, date.max))
+        assert (used.jobs, used.charged) == (len(settled), account.charged)
+        assert used.images * PRICE == used.charged
+        assert used.jobs == used.succeeded + used.failed + used.canceled
+
+
+def _assert_paid(job: Job, entries: list[Entry]) -> None:
+    """Check a job's receipt: once it is over, what was delivered is charged and all else released."""
+    reserved = PRICE * job.params.samples
+    delivered = sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs)
+    charged = PRICE * delivered if job.status is Status.SUCCEEDED else 0
+    released = reserved - charged if job.status.is_terminal else 0
+    receipt = job.credits
+    assert (receipt.reserved, receipt.charged, receipt.released) == (reserved, charged, released)
+    booked = [sum(getattr(entry, name) for entry in entries) for name in ("reserved", "charged", "released")]
+    assert booked == [reserved, charged, released]
 
 
 def short_lived() -> Context:

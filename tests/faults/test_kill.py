@@ -1,4 +1,4 @@
-"""A process killed at each of its AWS and HTTP calls in turn, just before and just after the call took effect.
+"""Worker, sweep and top-up killed at each of their AWS and HTTP calls in turn, just before and after it took effect.
 
 Each walk names the calls it takes. The first test of a walk makes them undisturbed and fails when they are no longer
 those, so that a call which is added or moved is walked as well.
@@ -7,23 +7,22 @@ those, so that a call which is added or moved is walked as well.
 from __future__ import annotations
 
 import itertools
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from img2img.errors import AlreadyExists
 from tests.faults.calls import AFTER, BEFORE, MOMENTS, SEED, InOrder, Kill, Killed, Meanwhile
 from tests.faults.deployment import (
     LEASE,
     ONE_BY_ONE,
+    PRICE,
     SIDE_BY_SIDE,
+    TEAM,
     VISIBILITY,
     Deployment,
-    request_body,
-    short_lived,
 )
 
 # The worker
@@ -146,6 +145,7 @@ def test_a_worker_killed_at_any_call_loses_no_job_and_pays_for_no_stored_output_
     assert segmind.billed - billed == WALKS[walk].samples - len(stored)
     assert not stored & set(deployment.seeds() - asked)
     assert deployment.job_ids() == {job_id}
+    assert deployment.spent() == PRICE * WALKS[walk].samples
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -166,6 +166,7 @@ def test_a_job_whose_worker_always_dies_ends_as_an_internal_error(deployment, ca
         assert (job["status"], job["error"]["code"]) == ("failed", "internal_error")
         assert len(deployment.system.segmind.calls) == calls
         assert deployment.results(job_id) == []
+        assert deployment.spent() == 0
     else:
         # Nothing of those attempts is known, and nothing was asked of the backend.
         assert job["status"] == "succeeded"
@@ -198,6 +199,7 @@ def test_a_sample_that_always_kills_its_worker_is_shown_as_failed_beside_the_one
     ]
     assert job["outputs"][1]["error"]["code"] == "internal_error"
     assert deployment.seeds() == {0: 1, 1: 3}
+    assert deployment.spent() == PRICE
     deployment.assert_at_rest(job_id)
 
 
@@ -213,6 +215,7 @@ def test_a_job_that_nobody_can_finish_fails_at_its_deadline(deployment, call, mo
     job = deployment.system.job(job_id)
     assert (job["status"], job["error"]["code"]) == ("failed", "deadline_exceeded")
     assert len(deployment.system.segmind.calls) <= 1
+    assert deployment.spent() == 0
     deployment.assert_at_rest(job_id)
 
 
@@ -243,195 +246,10 @@ def test_a_worker_killed_after_its_job_was_ended_leaves_no_picture(deployment, h
     deployment.settle()
 
     assert deployment.results(job_id) == []
-    assert deployment.system.messages() == 0
+    assert deployment.spent() == 0
+    deployment.assert_at_rest(job_id)
     answer = deployment.system.api("GET", f"/jobs/{job_id}")
     assert answer.status == 404 if how == "delete" else answer.json["status"] == "canceled"
-
-
-# The API
-
-
-@dataclass(frozen=True)
-class Create:
-    """One way to create a job: what to send, and which calls it takes."""
-
-    calls: tuple[str, ...]
-    headers: Mapping[str, str] = field(default_factory=dict)
-    key: bool = False
-    upload: bool = False
-
-    def request(self, deployment: Deployment) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return body and headers, the same at every try."""
-        body = request_body(image=deployment.upload()) if self.upload else request_body()
-        key = {"Idempotency-Key": str(uuid.uuid4())} if self.key else {}
-        return body, {"Prefer": "wait=0", **self.headers, **key}
-
-
-CREATES = {
-    "no key": Create(("PutObject", "TransactWriteItems", "SendMessage")),
-    "waits for the picture": Create(
-        ("PutObject", "TransactWriteItems", "SendMessage", "GetItem", "GetObject 0"),
-        {"Prefer": "wait=25", "Accept": "image/jpeg"},
-    ),
-    "key": Create(("PutItem", "PutObject", "TransactWriteItems", "SendMessage", "UpdateItem"), key=True),
-    "key and upload": Create(
-        ("PutItem", "GetObject", "PutObject", "TransactWriteItems", "SendMessage", "UpdateItem"),
-        key=True,
-        upload=True,
-    ),
-}
-
-
-def _create_places(name: str, *rest: str) -> list[Any]:
-    return [
-        pytest.param(name, call, moment, *rest, id="-".join([name, f"{moment} {call}", *rest]))
-        for call, moment in itertools.product(CREATES[name].calls, MOMENTS)
-    ]
-
-
-@contextmanager
-def _worker_works_while_the_api_waits(deployment: Deployment) -> Iterator[None]:
-    def work(_seconds: float) -> None:
-        with deployment.calls.unseen():
-            deployment.receive()
-            deployment.work()
-
-    services = deployment.system.services
-    services.sleep, sleep = work, services.sleep
-    yield
-    services.sleep = sleep
-
-
-def _kill_create(deployment: Deployment, name: str, place: tuple[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Send a request that dies; return it."""
-    body, headers = CREATES[name].request(deployment)
-    waits = headers["Prefer"] != "wait=0"
-    kill = Kill(*place)
-    with (
-        _worker_works_while_the_api_waits(deployment),
-        deployment.calls.shown_to(kill),
-        pytest.raises(Killed),
-    ):
-        deployment.post(body, headers, None if waits else short_lived())
-    assert kill.dead
-    deployment.restart()
-    return body, headers
-
-
-def _sweep_and_settle(deployment: Deployment) -> None:
-    deployment.system.clock.advance(LEASE + 1)
-    deployment.system.sweep()
-    deployment.settle()
-
-
-@pytest.mark.parametrize("name", CREATES)
-def test_a_walk_takes_every_call_of_create(deployment, name):
-    body, headers = CREATES[name].request(deployment)
-    with _worker_works_while_the_api_waits(deployment), deployment.calls.shown_to(InOrder()):
-        answer = deployment.post(body, headers)
-    assert answer.status == (202 if headers["Prefer"] == "wait=0" else 200)
-    assert deployment.calls.made == list(CREATES[name].calls)
-
-
-@pytest.mark.parametrize(
-    ("name", "call", "moment", "comes_back"),
-    [
-        *_create_places("key", "at once"),
-        *_create_places("key", "later"),
-        *_create_places("key and upload", "at once"),
-    ],
-)
-def test_create_killed_at_any_call_and_sent_again_with_its_key_is_one_job(deployment, name, call, moment, comes_back):
-    body, headers = _kill_create(deployment, name, (call, moment))
-    if comes_back == "later":
-        _sweep_and_settle(deployment)
-        assert all(deployment.system.job(job_id)["status"] == "succeeded" for job_id in deployment.job_ids())
-
-    again = deployment.post(body, headers)
-    assert again.status in (200, 202), again.json
-    _sweep_and_settle(deployment)
-
-    job_id = again.json["id"]
-    assert deployment.job_ids() == {job_id}
-    deployment.assert_succeeded(job_id)
-    assert deployment.seeds() == {0: 1}
-    replay = deployment.post(body, headers)
-    assert (replay.status, replay.headers["idempotent-replayed"], replay.json["id"]) == (200, "true", job_id)
-    assert deployment.job_ids() == {job_id}
-
-
-@pytest.mark.parametrize(
-    ("name", "call", "moment"), [*_create_places("no key"), *_create_places("waits for the picture")]
-)
-def test_create_killed_at_any_call_leaves_a_job_that_succeeds_or_none(deployment, name, call, moment):
-    body, _ = _kill_create(deployment, name, (call, moment))
-    created = deployment.job_ids()
-    calls = CREATES[name].calls
-    has_job = calls.index(call) + (moment == AFTER) > calls.index("TransactWriteItems")
-    assert len(created) == has_job
-    _sweep_and_settle(deployment)
-    for job_id in created:
-        deployment.assert_succeeded(job_id)
-    assert deployment.seeds() == ({0: 1} if has_job else {})
-
-    # Without a key the caller's next try is another job.
-    again = deployment.post(body, {"Prefer": "wait=0"})
-    assert again.status == 202
-    deployment.settle()
-    deployment.assert_succeeded(again.json["id"])
-    assert deployment.job_ids() == created | {again.json["id"]}
-
-
-@pytest.mark.parametrize(("name", "call", "moment"), _create_places("key"))
-def test_another_payload_with_the_key_of_a_killed_create_never_makes_a_second_job(deployment, name, call, moment):
-    body, headers = _kill_create(deployment, name, (call, moment))
-    created = deployment.job_ids()
-    other = deployment.post({**body, "prompt": "a ship at sea"}, headers)
-    if created:
-        assert (other.status, other.json["code"]) == (422, "idempotency_key_reused")
-        assert deployment.job_ids() == created
-    else:
-        # The first request left nothing but its claim on the key, which has run out.
-        assert other.status in (202, 422)
-        assert len(deployment.job_ids()) == (other.status == 202)
-
-
-def test_the_key_of_a_killed_create_is_in_flight_for_as_long_as_it_could_have_run(deployment):
-    body, headers = CREATES["key"].request(deployment)
-    with deployment.calls.shown_to(Kill("PutObject", AFTER)), pytest.raises(Killed):
-        deployment.post(body, headers)
-    deployment.restart()
-    again = deployment.post(body, headers)
-    assert (again.status, again.json["code"], again.headers["retry-after"]) == (409, "idempotency_in_flight", "1")
-    assert deployment.job_ids() == set()
-
-
-DELETE = ("UpdateItem", "DeleteObject", "ListObjectsV2", "DeleteObject 0", "DeleteItem")
-
-
-def test_a_walk_takes_every_call_of_delete(deployment):
-    job_id = deployment.new_job()
-    deployment.settle()
-    with deployment.calls.shown_to(InOrder()):
-        assert deployment.system.api("DELETE", f"/jobs/{job_id}").status == 204
-    assert deployment.calls.made == list(DELETE)
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("call", DELETE)
-def test_delete_killed_at_any_call_can_be_sent_again(deployment, call, moment):
-    job_id = deployment.new_job()
-    deployment.settle()
-    with deployment.calls.shown_to(Kill(call, moment)), pytest.raises(Killed):
-        deployment.system.api("DELETE", f"/jobs/{job_id}")
-    deployment.restart()
-
-    again = deployment.system.api("DELETE", f"/jobs/{job_id}")
-
-    assert again.status == (404 if (call, moment) == ("DeleteItem", AFTER) else 204)
-    assert deployment.job_ids() == set()
-    assert deployment.results(job_id) == []
-    assert deployment.inputs(job_id) == []
 
 
 # The sweep
@@ -459,8 +277,9 @@ def _overdue(deployment: Deployment) -> str:
     return job_id
 
 
-# The index has four shards, and a job may be in any of them: where its own calls come in between differs.
-LOOKS = ("Query", "Query #2", "Query #3", "Query #4")
+# The index has four shards, and a job may be in any of them: where its own calls come in between differs. The teams
+# come last: their list, then they themselves.
+LOOKS = ("Query", "Query #2", "Query #3", "Query #4", "Query #5", "BatchGetItem")
 SWEEPS: Mapping[Callable[[Deployment], str], tuple[str, ...]] = {
     _forgotten: (*LOOKS, "UpdateItem", "SendMessage"),
     _abandoned: (*LOOKS, "SendMessage"),
@@ -501,7 +320,40 @@ def test_a_sweep_killed_at_any_call_is_made_good_by_later_ones(deployment, prepa
     if prepare is _overdue:
         assert deployment.system.job(job_id)["error"]["code"] == "deadline_exceeded"
         assert deployment.seeds() == {}
+        assert deployment.spent() == 0
         deployment.assert_at_rest(job_id)
     else:
         deployment.assert_succeeded(job_id)
         assert deployment.seeds() == {0: 1}
+
+
+# The operator
+
+
+def test_a_walk_takes_every_call_of_a_top_up(deployment):
+    with deployment.calls.shown_to(InOrder()):
+        deployment.system.services.credits.add(TEAM, 5000, reference="invoice-1")
+    assert deployment.calls.made == ["TransactWriteItems"]
+
+
+@pytest.mark.parametrize("amount", [5000, -5000])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_top_up_killed_and_repeated_with_its_reference_is_booked_once(deployment, moment, amount):
+    def top_up() -> None:
+        deployment.system.services.credits.add(TEAM, amount, reference="invoice-1", note="paid")
+
+    before = deployment.account()
+    with deployment.calls.shown_to(Kill("TransactWriteItems", moment)), pytest.raises(Killed):
+        top_up()
+    deployment.restart()
+    booked = moment == AFTER
+    assert deployment.account().balance == before.balance + amount * booked
+
+    if not booked:
+        top_up()
+    with pytest.raises(AlreadyExists):
+        top_up()
+
+    after = deployment.account()
+    assert (after.balance, after.added) == (before.balance + amount, before.added + amount)
+    assert after.entries == before.entries + 1

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import itertools
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from img2img.params import parse_request
 from img2img.run import run_job
+from img2img.submit import Caller, submit
 from tests.faults.calls import AFTER, BEFORE, MOMENTS, Meanwhile
-from tests.faults.deployment import LEASE, ONE_BY_ONE, VISIBILITY, Deployment
+from tests.faults.deployment import (
+    LEASE,
+    ONE_BY_ONE,
+    PRICE,
+    TEAM,
+    VISIBILITY,
+    Deployment,
+    request_body,
+    short_lived,
+)
+from tests.system import API_KEY_ID, Context
 
 TWO_SAMPLES = ("UpdateItem", "GetObject", *ONE_BY_ONE, "TransactWriteItems")
 
@@ -38,6 +51,7 @@ def test_a_message_that_comes_twice_at_once_runs_its_job_once(deployment, call, 
     assert done == [True]
     deployment.assert_succeeded(job_id, samples=2)
     assert deployment.seeds() == {0: 1, 1: 1}
+    assert deployment.spent() == 2 * PRICE
 
 
 class _OneWriteAtATime:
@@ -71,6 +85,7 @@ def test_workers_that_start_together_run_a_job_once(deployment):
     deployment.settle()
     deployment.assert_succeeded(job_id, samples=2)
     assert deployment.seeds() == {0: 1, 1: 1}
+    assert deployment.spent() == 2 * PRICE
 
 
 @pytest.mark.parametrize("answer", ["a picture", "429"])
@@ -93,6 +108,7 @@ def test_a_worker_that_outlives_its_lease_changes_nothing_of_what_the_next_one_h
     deployment.settle()
     deployment.assert_succeeded(job_id)
     assert deployment.system.segmind.billed == 1
+    assert deployment.spent() == PRICE
 
 
 def test_a_message_that_comes_again_after_the_end_changes_nothing(deployment):
@@ -104,6 +120,7 @@ def test_a_message_that_comes_again_after_the_end_changes_nothing(deployment):
     assert deployment.system.work(message)
     assert deployment.item(job_id) == ended
     assert deployment.seeds() == {0: 1}
+    assert deployment.spent() == PRICE
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
@@ -113,7 +130,8 @@ def test_a_message_that_comes_after_its_job_was_ended_asks_nothing_of_the_backen
     deployment.settle()
     assert deployment.seeds() == {}
     assert deployment.results(job_id) == []
-    assert deployment.system.messages() == 0
+    assert deployment.spent() == 0
+    deployment.assert_at_rest(job_id)
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
@@ -128,7 +146,109 @@ def test_a_job_ended_between_two_calls_of_its_worker_stays_ended_and_leaves_no_p
         deployment.assert_succeeded(job_id, samples=2)
     else:
         _assert_ended(deployment, end, job_id)
+    assert deployment.spent() == (2 * PRICE if (call, moment) == ("TransactWriteItems", AFTER) else 0)
     assert max(deployment.seeds().values(), default=0) <= 1
+
+
+def _sweep_gives_up(deployment: Deployment, _job_id: str = "") -> None:
+    deployment.system.clock.advance(deployment.system.services.settings.job_deadline + LEASE)
+    deployment.system.sweep()
+
+
+@pytest.mark.parametrize(("call", "moment"), _places(TWO_SAMPLES))
+def test_a_job_that_the_sweep_gives_up_between_two_calls_of_its_worker_is_not_charged(deployment, call, moment):
+    deployment.warm()
+    job_id = deployment.new_job(samples=2)
+
+    _run_while(deployment, lambda: _sweep_gives_up(deployment), (call, moment), ONE_BY_ONE)
+    deployment.settle()
+    if (call, moment) == ("TransactWriteItems", AFTER):
+        # It had succeeded before.
+        deployment.assert_succeeded(job_id, samples=2)
+        assert deployment.spent() == 2 * PRICE
+    else:
+        assert deployment.system.job(job_id)["error"]["code"] == "deadline_exceeded"
+        deployment.assert_at_rest(job_id)
+        assert deployment.spent() == 0
+
+
+@pytest.mark.parametrize(("call", "moment"), _places(("UpdateItem", "TransactWriteItems")))
+def test_a_top_up_between_two_calls_of_a_worker_is_kept(deployment, call, moment):
+    deployment.warm()
+    job_id = deployment.new_job(samples=2)
+    before = deployment.account()
+    _run_while(deployment, lambda: deployment.system.services.credits.add(TEAM, 5000), (call, moment), ONE_BY_ONE)
+    deployment.settle()
+    deployment.assert_succeeded(job_id, samples=2)
+    after = deployment.account()
+    assert (after.balance, after.charged) == (before.balance + 5000, 2 * PRICE)
+
+
+def _worker_finishes(deployment: Deployment, _job_id: str) -> None:
+    deployment.work()
+
+
+def _worker_claims(deployment: Deployment, job_id: str) -> None:
+    deployment.system.services.jobs.claim(TEAM, job_id, lease_seconds=LEASE)
+
+
+def _canceled_too(deployment: Deployment, job_id: str) -> None:
+    deployment.system.services.jobs.cancel(TEAM, job_id)
+
+
+@pytest.mark.parametrize(("call", "moment"), _places(("GetItem", "TransactWriteItems")))
+@pytest.mark.parametrize(
+    ("happens", "status", "charged"),
+    [
+        (_worker_finishes, "succeeded", PRICE),
+        (_worker_claims, "canceled", 0),
+        (_sweep_gives_up, "failed", 0),
+        (_canceled_too, "canceled", 0),
+    ],
+)
+def test_a_job_that_moves_on_between_two_calls_of_its_cancel_ends_once(
+    deployment, call, moment, happens, status, charged
+):
+    job_id = deployment.new_job()
+    if (call, moment) == ("TransactWriteItems", AFTER):
+        status, charged = "canceled", 0
+    meanwhile = Meanwhile(deployment.calls, lambda: happens(deployment, job_id), (call, moment))
+    with deployment.calls.shown_to(meanwhile):
+        answer = deployment.system.api("POST", f"/jobs/{job_id}/cancel")
+    assert meanwhile.happened
+    assert (answer.status, answer.json["status"]) == (200, status)
+    deployment.settle()
+    shown = deployment.system.job(job_id)
+    assert (shown["status"], shown["credits"]["charged"]) == (status, charged)
+    deployment.assert_at_rest(job_id)
+    assert deployment.spent() == charged
+
+
+CREATE = ("PutItem", "PutObject", "TransactWriteItems", "SendMessage", "UpdateItem")
+
+
+@pytest.mark.parametrize(("call", "moment"), _places(CREATE))
+def test_a_key_that_comes_again_between_two_calls_of_its_create_is_one_job(deployment, call, moment):
+    deployment.warm_api()
+    body, key = request_body(), str(uuid.uuid4())
+    services, caller = deployment.system.services, Caller(TEAM, API_KEY_ID, "again")
+    others = []
+
+    def again() -> None:
+        request = parse_request(body)
+        others.append(submit(services, caller, request, idempotency_key=key, context=Context()).job.id)
+
+    # The first one's claim on its key runs out at once.
+    meanwhile = Meanwhile(deployment.calls, again, (call, moment))
+    with deployment.calls.shown_to(meanwhile):
+        answer = deployment.post(body, {"Prefer": "wait=0", "Idempotency-Key": key}, short_lived())
+    assert (answer.status, [answer.json["id"]]) == (202, others)
+    deployment.receive()
+    deployment.settle()
+    assert deployment.job_ids() == set(others)
+    deployment.assert_succeeded(others[0])
+    assert deployment.seeds() == {0: 1}
+    assert deployment.spent() == PRICE
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
@@ -156,7 +276,9 @@ def _assert_ended(deployment: Deployment, how: str, job_id: str) -> None:
     deployment.assert_at_rest(job_id)
 
 
-@pytest.mark.parametrize(("call", "moment"), _places(("Query", "Query #4", "UpdateItem", "SendMessage")))
+@pytest.mark.parametrize(
+    ("call", "moment"), _places(("Query", "Query #4", "Query #5", "BatchGetItem", "UpdateItem", "SendMessage"))
+)
 def test_two_sweeps_at_once_do_no_harm(deployment, call, moment):
     job_id = deployment.new_job()
     deployment.lose_messages()

@@ -6,8 +6,6 @@ ended. Amounts are thousandths of a credit.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -156,6 +154,10 @@ def as_records(rows: Iterable[Row], columns: Iterable[str], labels: Mapping[str,
 
 def as_csv(records: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> str:
     """Return records as CSV (RFC 4180) with a header line."""
+    # Here: few requests need them, and an import is part of every cold start.
+    import csv
+    import io
+
     names = [name for column in columns for name in ((column, "label") if column == "key" else (column,))]
     out = io.StringIO()
     writer = csv.DictWriter(out, [*names, *COUNTED])
