@@ -24,7 +24,9 @@ def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, int]:
     metrics.add_metadata("correlation_id", event["id"])
     done = sweep(use)
     if done:
-        logger.info("swept", extra={name: done[name] for name in ("failed", "succeeded", "resent", "skipped")})
+        logger.info(
+            "swept", extra={name: done[name] for name in ("failed", "succeeded", "canceled", "resent", "skipped")}
+        )
         metrics.add_metric("JobsSucceeded", MetricUnit.Count, done["succeeded"])
         metrics.add_metric("JobsFailed", MetricUnit.Count, done["failed"])
     metrics.add_metric("TeamsLowOnCredits", MetricUnit.Count, len(low_balances(use)))

@@ -11,17 +11,11 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from img2img import observe
 from img2img.bootstrap import services
 from img2img.jobs import Job, Status
-from img2img.queues import JobMessage
+from img2img.queues import JobMessage, after_trouble
 from img2img.run import Run, run_job
 
 logger = Logger()
 metrics = Metrics()
-
-
-def _after_trouble(record: dict[str, Any]) -> int:
-    """Return the seconds until the next try: short at first, for a waiting caller, then longer, for AWS to recover."""
-    receives = int(record["attributes"].get("ApproximateReceiveCount", 1))
-    return int(min(5 * 4 ** (receives - 1), 900))
 
 
 def _measure(run: Run) -> None:
@@ -46,7 +40,7 @@ def _measure_end(job: Job) -> None:
 def _run(record: dict[str, Any]) -> bool:
     """Run the job of one record. Returns whether the message is done with."""
     use = services()
-    retry_after: int | None = _after_trouble(record)
+    retry_after: int | None = after_trouble(int(record["attributes"].get("ApproximateReceiveCount", 1)))
     logger.append_keys(correlation_id=record["messageId"])
     try:
         message = JobMessage.from_json(record["body"])

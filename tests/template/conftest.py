@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from samtranslator.parser.parser import Parser
 from samtranslator.translator.translator import Translator
 from samtranslator.yaml_helper import yaml_parse
+
+from tests.template.flows import Call, record_calls
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]
@@ -82,6 +85,39 @@ class Template:
         assert {statement["Effect"] for _, statement in found} == {"Allow", "Deny"}
         return found
 
+    def grants(self) -> Iterator[tuple[str, str, str, str]]:
+        """Yield who grants, the action, the thing it may be done to, and the statement's id, of all that is allowed."""
+        for name, statement in self.statements():
+            if statement["Effect"] == "Allow":
+                for action in as_list(statement["Action"]):
+                    for resource in as_list(statement["Resource"]):
+                        yield name, action, _place(resource), statement["Sid"]
+
+    def names_of_settings(self) -> dict[str, str]:
+        """Return, by what the tests call a table, bucket, queue or secret, its name in the template."""
+        variables = self.properties("ApiFunction")["Environment"]["Variables"]
+        return {
+            os.environ[variable]: value["Ref"]
+            for variable, value in variables.items()
+            if isinstance(value, dict) and value["Ref"] in self.resources
+        }
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return what may stand alone or in a list as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def _place(resource: Any) -> str:
+    match resource:
+        case "*":
+            return "*"
+        case {"Ref": str(name)} | {"Fn::GetAtt": [str(name), "Arn"]}:
+            return name
+        case {"Fn::Sub": str(text)}:
+            return text.replace("${", "").replace(".Arn}", "")
+    raise AssertionError(resource)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_translator() -> None:
@@ -99,6 +135,12 @@ def source() -> Json:
 def template() -> Template:
     """The translated template."""
     return Template(translate(read_template()))
+
+
+@pytest.fixture(scope="session")
+def calls() -> list[Call]:
+    """What the functions ask of AWS while everything happens to them that ever does."""
+    return record_calls()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+
+from img2img.queues import after_trouble
 
 
 @pytest.fixture(params=["UploadsBucket", "ResultsBucket"])
@@ -20,7 +24,7 @@ def table(request, template):
     return template.properties(request.param)
 
 
-@pytest.fixture(params=["JobsQueue", "JobsDeadLetterQueue"])
+@pytest.fixture(params=["JobsQueue", "JobsDeadLetterQueue", "UploadsQueue", "UploadsDeadLetterQueue"])
 def queue_name(request):
     return request.param
 
@@ -63,7 +67,10 @@ def test_everything_in_a_bucket_expires(bucket, bucket_name):
     rules = bucket["LifecycleConfiguration"]["Rules"]
     assert all(rule["Status"] == "Enabled" for rule in rules)
     expiring = {rule["Prefix"]: rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule}
-    prefixes = {"UploadsBucket": ("uploads/", "inputs/"), "ResultsBucket": ("results/",)}[bucket_name]
+    prefixes = {
+        "UploadsBucket": ("uploads/", "inputs/", "inbox/", "awaited/"),
+        "ResultsBucket": ("results/", "outbox/"),
+    }[bucket_name]
     assert expiring == {prefix: {"Ref": "RetentionDays"} for prefix in prefixes}
     (unfinished,) = [rule for rule in rules if "AbortIncompleteMultipartUpload" in rule]
     assert "Prefix" not in unfinished
@@ -122,20 +129,61 @@ def test_keys(template):
 def test_queue_is_encrypted_and_speaks_tls_only(queue_name, template):
     assert template.properties(queue_name)["SqsManagedSseEnabled"] is True
     (policy,) = [p for p in template.of_type("AWS::SQS::QueuePolicy").values() if {"Ref": queue_name} in p["Queues"]]
-    (statement,) = policy["PolicyDocument"]["Statement"]
+    (statement,) = [s for s in policy["PolicyDocument"]["Statement"] if s["Effect"] == "Deny"]
     assert tls_only(statement)
     # SQS refuses a statement that names a second queue.
     assert policy["Queues"] == [{"Ref": queue_name}]
-    assert statement["Resource"] == {"Fn::GetAtt": [queue_name, "Arn"]}
+    assert {str(s["Resource"]) for s in policy["PolicyDocument"]["Statement"]} == {
+        str({"Fn::GetAtt": [queue_name, "Arn"]})
+    }
 
 
-def test_dead_letters(template):
-    redrive = template.properties("JobsQueue")["RedrivePolicy"]
-    assert redrive["deadLetterTargetArn"] == {"Fn::GetAtt": ["JobsDeadLetterQueue", "Arn"]}
-    # Waits for the backend's rate limit count as receives.
-    assert redrive["maxReceiveCount"] >= 20
-    dead, alive = (template.properties(n)["MessageRetentionPeriod"] for n in ("JobsDeadLetterQueue", "JobsQueue"))
+@pytest.mark.parametrize(
+    ("queue", "least"),
+    [
+        # Waits for the backend's rate limit count as receives.
+        ("JobsQueue", 20),
+        # AWS's advice: less would let a moment's throttling lose a message.
+        ("UploadsQueue", 5),
+    ],
+)
+def test_dead_letters(template, queue, least):
+    dead_letters = queue.replace("Queue", "DeadLetterQueue")
+    redrive = template.properties(queue)["RedrivePolicy"]
+    assert redrive["deadLetterTargetArn"] == {"Fn::GetAtt": [dead_letters, "Arn"]}
+    assert redrive["maxReceiveCount"] >= least
+    # A message's age counts from when it was first sent.
+    dead, alive = (template.properties(name)["MessageRetentionPeriod"] for name in (dead_letters, queue))
     assert dead > alive
+
+
+def test_a_notice_outlasts_all_its_pauses(template):
+    queue = template.properties("UploadsQueue")
+    pauses = sum(after_trouble(receives) for receives in range(1, queue["RedrivePolicy"]["maxReceiveCount"]))
+    assert 45 * 60 < pauses < queue["MessageRetentionPeriod"]
+
+
+def test_nobody_but_s3_for_this_account_sends_notices(template):
+    senders = [(name, s) for name, s in template.statements() if s["Effect"] == "Allow" and "Principal" in s]
+    ((name, statement),) = senders
+    assert name == "UploadsQueuePolicy"
+    assert statement["Principal"] == {"Service": "s3.amazonaws.com"}
+    assert statement["Action"] == "sqs:SendMessage"
+    assert statement["Condition"]["StringEquals"] == {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}
+    assert set(statement["Condition"]["ArnLike"]) == {"aws:SourceArn"}
+
+
+def test_the_queue_takes_notices_before_the_bucket_sends_them(template):
+    # S3 tries it when the bucket is made. So the queue and its policy may not refer to the bucket.
+    assert template.resources["UploadsBucket"]["DependsOn"] == "UploadsQueuePolicy"
+    for name in ("UploadsQueue", "UploadsQueuePolicy"):
+        assert "UploadsBucket" not in json.dumps(template.resources[name]), name
+
+
+def test_the_queue_of_notices_is_one_that_s3_can_write_to(template):
+    queue = template.properties("UploadsQueue")
+    # A queue with AWS's own KMS key takes nothing of S3, nor does a FIFO queue.
+    assert not {"KmsMasterKeyId", "FifoQueue"} & set(queue)
 
 
 def test_secret_is_no_parameter(template, source):

@@ -8,8 +8,11 @@ import re
 import pytest
 
 from img2img.settings import Settings
+from img2img.store import OBJECT_GUARD_TTL
 
-FUNCTIONS = ("ApiFunction", "WorkerFunction", "SweepFunction")
+FUNCTIONS = ("ApiFunction", "WorkerFunction", "IngestFunction", "SweepFunction")
+FED = {"WorkerFunction": ("JobsQueue", "WorkerConcurrency"), "IngestFunction": ("UploadsQueue", "IngestConcurrency")}
+PREFIXES = r"\$\{UploadsBucket\.Arn\}/(uploads|inputs|inbox|awaited)/\*|\$\{ResultsBucket\.Arn\}/(results|outbox)/\*"
 SETTINGS = {field.metadata["name"]: field for field in dataclasses.fields(Settings)}
 
 
@@ -62,11 +65,11 @@ def test_default_of_a_setting_is_that_of_its_parameter(template, source, name):
 
 
 def test_retry_times_fit_together(template):
-    worker = template.properties("WorkerFunction")["Timeout"]
-    queue = template.properties("JobsQueue")
+    for function, (queue, _) in FED.items():
+        timeout = template.properties(function)["Timeout"]
+        assert template.properties(queue)["VisibilityTimeout"] >= 6 * timeout, function
     variables = template.properties("WorkerFunction")["Environment"]["Variables"]
-    assert queue["VisibilityTimeout"] >= 6 * worker
-    assert int(variables["LEASE_SECONDS"]) > worker
+    assert int(variables["LEASE_SECONDS"]) > template.properties("WorkerFunction")["Timeout"]
     # The gateway hangs up at 29 s, and a sweep ends before the next one starts.
     assert template.properties("ApiFunction")["Timeout"] < 29
     assert template.properties("SweepFunction")["Timeout"] < 60
@@ -84,12 +87,28 @@ def test_deadline_ends_a_job_before_its_message_is_lost(template, source):
     )
 
 
-def test_worker_trigger(template):
-    (mapping,) = template.of_type("AWS::Lambda::EventSourceMapping").values()
-    assert mapping["BatchSize"] == 1
-    assert mapping["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
-    assert mapping["ScalingConfig"] == {"MaximumConcurrency": {"Ref": "WorkerConcurrency"}}
-    assert mapping["EventSourceArn"] == {"Fn::GetAtt": ["JobsQueue", "Arn"]}
+def test_an_object_is_known_for_as_long_as_a_notice_of_it_may_come(template):
+    queues = ("UploadsQueue", "UploadsDeadLetterQueue")
+    assert sum(template.properties(name)["MessageRetentionPeriod"] for name in queues) < OBJECT_GUARD_TTL
+
+
+def test_queues_feed_their_functions(template):
+    mappings = {
+        mapping["FunctionName"]["Ref"]: mapping
+        for mapping in template.of_type("AWS::Lambda::EventSourceMapping").values()
+    }
+    assert set(mappings) == set(FED)
+    for function, (queue, concurrency) in FED.items():
+        assert mappings[function]["BatchSize"] == 1
+        assert mappings[function]["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+        assert mappings[function]["ScalingConfig"] == {"MaximumConcurrency": {"Ref": concurrency}}
+        assert mappings[function]["EventSourceArn"] == {"Fn::GetAtt": [queue, "Arn"]}
+
+
+@pytest.mark.parametrize("concurrency", [concurrency for _, concurrency in FED.values()])
+def test_concurrency_is_what_a_queue_can_have(source, concurrency):
+    parameter = source["Parameters"][concurrency]
+    assert (parameter["MinValue"], parameter["MaxValue"]) == (2, 1000)
 
 
 def test_sweep_runs_every_minute(template):
@@ -175,22 +194,16 @@ def test_no_statement_allows_any_resource_but_for_traces(template):
         for resource in as_list(statement["Resource"]):
             text = resource.get("Fn::Sub", "") if isinstance(resource, dict) else resource
             if statement["Effect"] == "Allow" and text.endswith("*") and text != "*":
-                assert re.fullmatch(r"\$\{(Uploads|Results)Bucket\.Arn\}/(uploads|inputs|results)/\*", text), name
+                assert re.fullmatch(PREFIXES, text), name
 
 
 def allowed(template, role):
-    return {
-        (action, str(resource))
-        for name, statement in template.statements()
-        if name == role
-        for action in as_list(statement["Action"])
-        for resource in as_list(statement["Resource"])
-    }
+    return {(action, resource) for name, action, resource, _ in template.grants() if name == role}
 
 
-def test_worker_may_back_off(template):
-    queue = str({"Fn::GetAtt": ["JobsQueue", "Arn"]})
-    granted = {action for action, resource in allowed(template, "WorkerFunctionRole") if resource == queue}
+@pytest.mark.parametrize(("name", "queue"), [(name, queue) for name, (queue, _) in FED.items()])
+def test_a_fed_function_may_back_off(template, name, queue):
+    granted = {action for action, resource in allowed(template, f"{name}Role") if resource == queue}
     assert granted == {
         f"sqs:{action}"
         for action in ("ReceiveMessage", "DeleteMessage", "GetQueueAttributes", "ChangeMessageVisibility")
@@ -198,27 +211,29 @@ def test_worker_may_back_off(template):
 
 
 def test_only_the_worker_reads_the_segmind_key(template):
-    readers = {name for name, s in template.statements() if "secretsmanager:GetSecretValue" in as_list(s["Action"])}
-    assert readers == {"WorkerFunctionRole"}
-    assert ("secretsmanager:GetSecretValue", str({"Ref": "SegmindSecret"})) in allowed(template, "WorkerFunctionRole")
+    grants = [grant[:3] for grant in template.grants() if grant[1].startswith("secretsmanager:")]
+    assert grants == [("WorkerFunctionRole", "secretsmanager:GetSecretValue", "SegmindSecret")]
 
 
 def test_listing_is_bound_to_prefixes(template):
     listings = [s for _, s in template.statements() if "s3:ListBucket" in as_list(s["Action"])]
     bound = [s for s in listings if "Condition" in s]
-    # The one without tells a missing upload from a forbidden one; a read names no prefix.
-    assert [s["Sid"] for s in listings if s not in bound] == ["MissingUploads"]
+    # Those without tell a missing object from a forbidden one; a read names no prefix.
+    assert [s["Sid"] for s in listings if s not in bound] == ["MissingUploads", "MissingObjects"]
     assert bound
     for statement in bound:
         prefixes = as_list(statement["Condition"]["StringLike"]["s3:prefix"])
-        assert set(prefixes) <= {"uploads/*", "inputs/*", "results/*"}
+        assert prefixes == ["results/*"]
 
 
 def test_no_function_may_touch_the_others_data(template):
     for role in ("WorkerFunctionRole", "SweepFunctionRole"):
         assert not [r for a, r in allowed(template, role) if "IdempotencyTable" in r]
-        assert ("dynamodb:DeleteItem", str({"Fn::GetAtt": ["JobsTable", "Arn"]})) not in allowed(template, role)
-    assert not [a for a, _ in allowed(template, "SweepFunctionRole") if a.startswith(("s3:", "secretsmanager:"))]
+    for role in ("WorkerFunctionRole", "IngestFunctionRole", "SweepFunctionRole"):
+        assert ("dynamodb:DeleteItem", "JobsTable") not in allowed(template, role)
+    # The sweep sees no picture that a client sent, the API nothing that was put out for a pipeline.
+    assert not [r for _, r in allowed(template, "SweepFunctionRole") if r.startswith("UploadsBucket")]
+    assert not [r for _, r in allowed(template, "ApiFunctionRole") if r.startswith("ResultsBucket/outbox")]
 
 
 def test_a_failed_sweep_is_not_repeated_before_the_next(template):

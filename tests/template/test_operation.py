@@ -59,12 +59,12 @@ def test_alarms_name_the_dimensions_that_are_emitted(template):
 
 
 def test_alarms_on_codes_name_codes_that_exist(template):
-    from img2img.errors import InternalError, job_error
+    from img2img.errors import InternalError, recorded_error
 
     codes = {dimensions(alarm).get("code") for alarm in template.of_type("AWS::CloudWatch::Alarm").values()} - {None}
     assert codes
     for code in codes:
-        assert not isinstance(job_error(code, ""), InternalError), code
+        assert not isinstance(recorded_error(code, ""), InternalError), code
 
 
 def test_one_team_low_on_credits_raises_the_alarm(template):
@@ -93,16 +93,39 @@ def test_alarms_tell_the_teams_credits_from_those_at_segmind(template):
     assert set(descriptions) - about_segmind == {"TeamsLowOnCredits", "InsufficientCredits"}
 
 
-def test_dead_letter_alarm_watches_the_dead_letter_queue(template):
-    assert dimensions(template.properties("DeadLettersAlarm")) == {
-        "QueueName": {"Fn::GetAtt": ["JobsDeadLetterQueue", "QueueName"]}
-    }
+@pytest.mark.parametrize(
+    ("metric", "queues"),
+    [
+        ("ApproximateNumberOfMessagesVisible", {"JobsDeadLetterQueue", "UploadsDeadLetterQueue"}),
+        ("ApproximateAgeOfOldestMessage", {"JobsQueue", "UploadsQueue"}),
+    ],
+)
+def test_alarms_watch_every_queue(template, metric, queues):
+    alarms = [a for a in template.of_type("AWS::CloudWatch::Alarm").values() if a["MetricName"] == metric]
+    assert sorted(alarm["Dimensions"][0]["Value"]["Fn::GetAtt"][0] for alarm in alarms) == sorted(queues)
+    assert all(set(dimensions(alarm)) == {"QueueName"} for alarm in alarms)
+
+
+def test_one_object_of_no_team_raises_the_alarm(template):
+    alarm = template.properties("UnattributedObjectsAlarm")
+    assert (alarm["Statistic"], alarm["Threshold"], alarm["EvaluationPeriods"]) == ("Maximum", 0, 1)
+    assert alarm["ComparisonOperator"] == "GreaterThanThreshold"
+
+
+def test_alarms_watch_every_function_behind_the_api(template):
+    alarms = template.of_type("AWS::CloudWatch::Alarm").values()
+    watched = {dimensions(a)["FunctionName"]["Ref"] for a in alarms if a["MetricName"] == "Errors"}
+    # The API's show as 5xx.
+    assert watched == set(template.of_type("AWS::Lambda::Function")) - {"ApiFunction"}
 
 
 def test_dashboard_is_json_and_shows_every_metric(template):
     text = template.properties("Dashboard")["DashboardBody"]["Fn::Sub"]
     widgets = json.loads(re.sub(r"\$\{[^}]+\}", "0", text))["widgets"]
-    assert all(name in text for name in EMITTED)
+    assert not {name for name in EMITTED if f'"{name}' not in text and f'\\"{name}' not in text}
+    shown = set(re.findall(r"\$\{(\w+)(?:\.QueueName)?\}", text))
+    kinds = ("AWS::Lambda::Function", "AWS::SQS::Queue", "AWS::Logs::LogGroup")
+    assert not {name for kind in kinds for name in template.of_type(kind)} - shown
     places = [(w["x"], w["y"], w["width"], w["height"]) for w in widgets]
     assert len({(x, y) for x, y, _, _ in places}) == len(places)
     assert all(x + width <= 24 for x, _, width, _ in places)
@@ -148,10 +171,19 @@ def test_outputs(source):
         "JobsTableName",
         "JobsQueueUrl",
         "JobsDeadLetterQueueUrl",
+        "InboxUri",
+        "OutboxUri",
+        "UploadsQueueUrl",
+        "UploadsDeadLetterQueueUrl",
         "SegmindSecretArn",
         "DashboardUrl",
     } <= set(source["Outputs"])
     assert all(output["Description"] for output in source["Outputs"].values())
+
+
+def test_a_pipeline_finds_the_inbox_and_the_outbox(source):
+    assert source["Outputs"]["InboxUri"]["Value"] == {"Fn::Sub": "s3://${UploadsBucket}/inbox/"}
+    assert source["Outputs"]["OutboxUri"]["Value"] == {"Fn::Sub": "s3://${ResultsBucket}/outbox/"}
 
 
 def test_an_operator_finds_the_table_and_the_usage_plan(source):

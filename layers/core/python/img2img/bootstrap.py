@@ -13,8 +13,10 @@ from botocore.config import Config
 
 from img2img.credits import Credits
 from img2img.errors import BackendUnreachable, NotFound
+from img2img.presets import PresetStore
 from img2img.prices import PriceTable
-from img2img.queues import JobQueue
+from img2img.published import Published
+from img2img.queues import JobQueue, Queue
 from img2img.settings import Settings
 from img2img.storage import Storage
 from img2img.store import JobStore
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_sqs import SQSClient
 
     from img2img.backends import Backend
     from img2img.fetch import Fetcher
@@ -75,6 +78,21 @@ class Services:
         return TeamStore(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
 
     @cached_property
+    def presets(self) -> PresetStore:
+        """The teams' presets."""
+        return PresetStore(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
+
+    @cached_property
+    def published(self) -> Published:
+        """What the outbox shows."""
+        return Published(
+            self._dynamodb,
+            self.settings.jobs_table,
+            retention_days=self.settings.retention_days,
+            clock=lambda: self.clock(),
+        )
+
+    @cached_property
     def credits(self) -> Credits:
         """The teams' accounts."""
         return Credits(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
@@ -97,9 +115,18 @@ class Services:
         )
 
     @cached_property
+    def _sqs(self) -> SQSClient:
+        return boto3.client("sqs", config=_CONFIG)
+
+    @cached_property
     def queue(self) -> JobQueue:
         """The queue of jobs."""
-        return JobQueue(boto3.client("sqs", config=_CONFIG), self.settings.jobs_queue_url)
+        return JobQueue(self._sqs, self.settings.jobs_queue_url)
+
+    @cached_property
+    def notices(self) -> Queue:
+        """The queue of S3's notices."""
+        return Queue(self._sqs, self.settings.uploads_queue_url)
 
     @cached_property
     def idempotency(self) -> DynamoDBPersistenceLayer:

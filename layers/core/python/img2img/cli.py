@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Python flushes again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
     return status
@@ -221,9 +224,10 @@ def _create_key(use: Operator, options: Options) -> int:
     check_label(options.label)
     team = use.teams.get(options.team)
     with use.keys.new(f"{use.stack} {team.id} {options.label}") as made:
-        key = use.teams.add_key(made.id, team.id, label=options.label)
-    print(f"Key {key.id} ({key.label}) of team {team.id} is made. Its value, shown only now:", file=sys.stderr)
-    print(made.value)
+        # First: a key whose value nobody saw is gone again.
+        print(f"Key {made.id} ({options.label}) of team {team.id}. Its value, shown only now:", file=sys.stderr)
+        print(made.value, flush=True)
+        use.teams.add_key(made.id, team.id, label=options.label)
     return 0
 
 
@@ -242,7 +246,14 @@ def _enable_key(use: Operator, options: Options) -> int:
 
 
 def _add_credits(use: Operator, options: Options) -> int:
-    use.credits.add(options.team, options.amount, reference=options.reference, note=options.note)
+    try:
+        use.credits.add(options.team, options.amount, reference=options.reference, note=options.note)
+    except BotoCoreError:
+        print(
+            "Whether it was booked is not known: `team show` tells. With a --reference it can be repeated.",
+            file=sys.stderr,
+        )
+        raise
     # On its own, before the balance is read: whoever sees it does not add again.
     print(f"Added {in_credits(options.amount)} credits to team {options.team}", flush=True)
     print(f"Its balance is {in_credits(use.credits.account(options.team).balance)} credits")

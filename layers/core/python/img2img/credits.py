@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,7 @@ def team_key(team: str) -> dict[str, Any]:
 
 def account_of(item: Item) -> Account:
     """Read the account from a team's item."""
-    names = ("balance", "reserved", "charged", "added", "entries")
-    return Account(**{name: int(item[name]["N"]) for name in names})
+    return Account(**{field.name: int(item[field.name]["N"]) for field in fields(Account)})
 
 
 def _book(table: str, team: str, entry: Entry, *, conditions: dict[str, Any] | None = None) -> list[Any]:
@@ -139,7 +138,7 @@ def settle(table: str, job: Job) -> list[Any]:
 def refusal(price: int, held: Item | None) -> ServiceError:
     """Return why a team, as its item stood, could not reserve a price."""
     if not held or not held["enabled"]["BOOL"]:
-        return TeamDisabled("The team of this API key is disabled")
+        return TeamDisabled("The team is disabled")
     balance = int(held["balance"]["N"])
     detail = f"This costs {in_credits(price)} credits, the team's balance is {in_credits(balance)}"
     return InsufficientCredits(detail, price=price, balance=balance)
@@ -174,8 +173,8 @@ class Credits:
             raise InvalidRequest.of_field("note", f"must have at most {MAX_NOTE} characters")
         now_ms = int(self._clock() * 1000)
         entry = Entry(about=new_id(now_ms), phase=Phase.TOP_UP, at_ms=now_ms, added=amount, note=note or reference)
-        enough_is_left = {"condition": "balance >= :taken", ":taken": number(max(-amount, 0))}
-        writes = _book(self._table, team, entry, conditions=enough_is_left)
+        enough_is_left = {"condition": "balance >= :taken", ":taken": number(-amount)}
+        writes = _book(self._table, team, entry, conditions=enough_is_left if amount < 0 else None)
         if reference:
             once = {"pk": text(f"TEAM#{team}"), "sk": text(f"REFERENCE#{reference}"), "at_ms": number(now_ms)}
             writes.append({"Put": {"TableName": self._table, "Item": once, "ConditionExpression": WRITTEN_ONCE}})
@@ -208,7 +207,7 @@ class Credits:
         )
         for page in pages:
             for item in page["Items"]:
-                _, about, phase = item["sk"]["S"].split("#")
+                _, its_about, phase = item["sk"]["S"].split("#")
                 amounts = {name: int(item[name]["N"]) for name in _AMOUNTS if name in item}
                 note = str(item["note"]["S"]) if "note" in item else ""
-                yield Entry(about=about, phase=Phase(phase), at_ms=int(item["at_ms"]["N"]), note=note, **amounts)
+                yield Entry(about=its_about, phase=Phase(phase), at_ms=int(item["at_ms"]["N"]), note=note, **amounts)

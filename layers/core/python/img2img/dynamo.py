@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
 
-from img2img.jobs import Job, Output, OutputStatus, Status
+from img2img.jobs import Job, Output, OutputStatus, Source, Status
 from img2img.params import Img2ImgParams
 from img2img.prices import Receipt
 
@@ -83,10 +83,19 @@ def new_job(job: Job) -> dict[str, Any]:
         "backend": text(job.backend),
         "created_ms": number(job.created_ms),
         "deadline_at": number(job.deadline_at),
-        "due_at": number(job.deadline_at if job.due_at is None else job.due_at),
         "attempts": number(0),
         **receipt(job.credits),
         "price_version": text(job.credits.price_version),
+        **({"source": text(json.dumps(asdict(job.source)))} if job.source else {}),
+        **(_ended(job) if job.status.is_terminal else {"due_at": number(job.due_at or job.deadline_at)}),
+    }
+
+
+def _ended(job: Job) -> dict[str, Any]:
+    return {
+        "completed_ms": number(job.completed_ms or 0),
+        "error_code": text(job.error_code),
+        "error_detail": text(job.error_detail),
     }
 
 
@@ -113,6 +122,7 @@ def to_job(item: Item) -> Job:
         params=Img2ImgParams(**json.loads(string("params"))),
         metadata=json.loads(string("metadata")),
         backend=string("backend"),
+        source=Source(**json.loads(string("source"))) if "source" in item else None,
         created_ms=integer("created_ms") or 0,
         started_ms=integer("started_ms"),
         completed_ms=integer("completed_ms"),

@@ -9,9 +9,11 @@ ServiceError                        code                    HTTP  retryable
 │   ├── KeyDisabled                 key_disabled             403
 │   └── TeamDisabled                team_disabled            403
 ├── NotFound                        not_found                404
+│   └── PresetUnknown               preset_unknown           404
 ├── AlreadyExists                   already_exists           409
 ├── IdempotencyInFlight             idempotency_in_flight    409
 ├── Gone                            gone                     410
+│   └── UploadMissing               upload_missing           410
 ├── TooLarge                        too_large                413
 │   └── AnswerTooLarge              answer_too_large         413
 ├── UnsupportedMediaType            unsupported_media_type   415
@@ -93,7 +95,7 @@ class InsufficientCredits(ServiceError):
 
     code, status, title = "insufficient_credits", 402, "Not enough credits"
 
-    def __init__(self, detail: str, *, price: int, balance: int) -> None:
+    def __init__(self, detail: str, *, price: int = 0, balance: int = 0) -> None:
         super().__init__(detail)
         self.price = price
         self.balance = balance
@@ -123,6 +125,10 @@ class NotFound(ServiceError):
     code, status, title = "not_found", 404, "Not found"
 
 
+class PresetUnknown(NotFound):
+    code = "preset_unknown"
+
+
 class AlreadyExists(ServiceError):
     code, status, title = "already_exists", 409, "Already exists"
 
@@ -133,6 +139,10 @@ class IdempotencyInFlight(ServiceError):
 
 class Gone(ServiceError):
     code, status, title = "gone", 410, "Gone"
+
+
+class UploadMissing(Gone):
+    code, title = "upload_missing", "The upload did not come in time"
 
 
 class TooLarge(ServiceError):
@@ -217,9 +227,9 @@ def _tree(root: type[ServiceError]) -> Iterator[type[ServiceError]]:
         yield from _tree(child)
 
 
-def job_error(code: str, detail: str) -> JobError:
+def recorded_error(code: str, detail: str) -> ServiceError:
     """Return the error that a failed job recorded as `code`; an unknown code becomes `internal_error`."""
-    for error in _tree(JobError):
+    for error in _tree(ServiceError):
         if error.__dict__.get("code") == code:
-            return error(detail)  # type: ignore[return-value]
+            return error(detail)
     return InternalError(detail)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from img2img.errors import JobError, OutputBlocked, job_error
+from img2img.errors import OutputBlocked, ServiceError, recorded_error
 from img2img.params import Img2ImgParams
 from img2img.prices import Receipt
 
@@ -16,6 +16,7 @@ DEADLINE_PASSED = "The job was not done before its deadline"
 class Status(StrEnum):
     """Where a job stands."""
 
+    AWAITING_UPLOAD = "awaiting_upload"
     QUEUED = "queued"
     PROCESSING = "processing"
     SUCCEEDED = "succeeded"
@@ -29,6 +30,7 @@ class Status(StrEnum):
 
 
 NEXT: Mapping[Status, frozenset[Status]] = {
+    Status.AWAITING_UPLOAD: frozenset({Status.QUEUED, Status.FAILED, Status.CANCELED}),
     Status.QUEUED: frozenset({Status.PROCESSING, Status.SUCCEEDED, Status.FAILED, Status.CANCELED}),
     # Back to queued: the backend asked to wait, or may be asked again without paying twice.
     Status.PROCESSING: frozenset({Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELED}),
@@ -68,6 +70,16 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """The object that a job was made of: one version of a file in the inbox, put there under a preset's name."""
+
+    bucket: str
+    key: str
+    version: str
+    preset: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One request on its way. Times are epoch milliseconds, but `due_at` and `deadline_at` epoch seconds.
 
@@ -82,6 +94,7 @@ class Job:
     params: Img2ImgParams
     metadata: Mapping[str, str] = field(default_factory=dict)
     backend: str
+    source: Source | None = None
     credits: Receipt
     created_ms: int
     started_ms: int | None = None
@@ -100,16 +113,16 @@ class Job:
         return max((output.seconds for output in self.outputs), default=0.0)
 
     @property
-    def error(self) -> JobError | None:
+    def error(self) -> ServiceError | None:
         """What a failed job failed of."""
-        return job_error(self.error_code, self.error_detail) if self.error_code else None
+        return recorded_error(self.error_code, self.error_detail) if self.error_code else None
 
     def output(self, index: int) -> Output | None:
         """Return the output of sample `index` if that sample has ended."""
         return next((output for output in self.outputs if output.index == index), None)
 
 
-def failed_output(job: Job, index: int, error: JobError) -> Output:
+def failed_output(job: Job, index: int, error: ServiceError) -> Output:
     """Return the output of a sample that failed for good."""
     return Output(
         index=index,
@@ -131,12 +144,12 @@ def missing(job: Job) -> list[int]:
     return [index for index in range(job.params.samples) if job.output(index) is None]
 
 
-def given_up(job: Job, error: JobError) -> Job:
+def given_up(job: Job, error: ServiceError) -> Job:
     """Return the job with every sample that has not ended failed: what was delivered until then stays."""
     return with_outputs(job, [failed_output(job, index, error) for index in missing(job)])
 
 
-def ended(job: Job, status: Status, *, at_ms: int, error: JobError | None = None) -> Job:
+def ended(job: Job, status: Status, *, at_ms: int, error: ServiceError | None = None) -> Job:
     """Return the job at its end, with what it costs: nothing unless it succeeded, else what was delivered."""
     delivered = sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs)
     return replace(
@@ -153,12 +166,18 @@ def ended(job: Job, status: Status, *, at_ms: int, error: JobError | None = None
     )
 
 
-def verdict(job: Job) -> JobError | None:
+def verdict(job: Job) -> ServiceError | None:
     """Return why a job whose samples have all ended failed: None as soon as one picture was delivered."""
     statuses = {output.status for output in job.outputs}
     if OutputStatus.SUCCEEDED in statuses:
         return None
     failed = next((output for output in job.outputs if output.status is OutputStatus.FAILED), None)
     if failed:
-        return job_error(failed.error_code, failed.error_detail)
+        return recorded_error(failed.error_code, failed.error_detail)
     return OutputBlocked("The backend returned an all-black picture, as its safety checker does")
+
+
+def concluded(job: Job, *, at_ms: int) -> Job:
+    """Return a job whose samples have all ended at its end."""
+    error = verdict(job)
+    return ended(job, Status.FAILED if error else Status.SUCCEEDED, at_ms=at_ms, error=error)

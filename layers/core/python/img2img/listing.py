@@ -26,7 +26,8 @@ class JobFilter:
     created_before: int | None = None
 
 
-def _limit(text: str) -> int:
+def parse_limit(text: str) -> int:
+    """Return how many items of a list are wanted. Raises `WrongValue`."""
     if re.fullmatch("[0-9]{1,3}", text) and 1 <= int(text) <= MAX_LIMIT:
         return int(text)
     raise WrongValue(f"must be an integer from 1 to {MAX_LIMIT}")
@@ -55,7 +56,7 @@ def _time(text: str) -> int:
 
 
 _PARSERS = {
-    "limit": _limit,
+    "limit": parse_limit,
     "cursor": _cursor,
     "status": _status,
     "created_after": _time,

@@ -14,10 +14,10 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from img2img.errors import FieldError, InvalidRequest
+from img2img.errors import FieldError, InvalidRequest, NotFound
 
 SCHEDULERS = (
     "DDIM",
@@ -39,6 +39,8 @@ OUTPUT_FORMATS = ("png", "jpeg", "webp")
 MAX_SEED = 999_999_999_999_999
 MAX_PROMPT = 10_000
 MAX_METADATA_ENTRIES = 16
+# A part of object keys.
+PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 UPLOAD_ID = re.compile(r"upl_[0-9A-HJKMNP-TV-Z]{26}")
 
 
@@ -116,20 +118,24 @@ ImageSource = InlineImage | ImageUrl | UploadId
 
 @dataclass(frozen=True)
 class Img2ImgRequest:
-    """A checked request: what to make, from which image, and how to answer."""
+    """A checked request: what to make, of which image (None where it comes another way), and how to answer."""
 
     params: Img2ImgParams
-    image: ImageSource
+    image: ImageSource | None
     base64: bool
     metadata: Mapping[str, str]
+    preset: str = ""
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the parsed parameters and the image's own fingerprint.
 
-        The seed counts as sent: a repeated -1 is the same request.
+        The seed counts as sent: a repeated -1 is the same request. A preset counts by its name, with the request's own
+        fields: a repeated request is the same although the preset has changed.
         """
-        parts = [self.params.as_dict(), self.image.fingerprint, dict(self.metadata)]
+        params = {"preset": self.preset, **self.own} if self.preset else self.params.as_dict()
+        parts = [params, self.image.fingerprint if self.image else None, dict(self.metadata)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -265,6 +271,12 @@ def _image(value: Any) -> ImageSource:
     return InlineImage(data)
 
 
+def _preset(value: Any) -> str:
+    if isinstance(value, str) and PRESET_NAME.fullmatch(value):
+        return value
+    raise WrongValue("must be the name of a preset: 1 to 64 letters, digits, dots, - and _")
+
+
 _PARAMS: dict[str, Callable[[Any], Any]] = {
     "prompt": _prompt,
     "negative_prompt": _text(MAX_PROMPT),
@@ -279,9 +291,16 @@ _PARAMS: dict[str, Callable[[Any], Any]] = {
     "fit": one_of(FITS),
     "output_format": one_of(OUTPUT_FORMATS),
 }
-_FIELDS: dict[str, Callable[[Any], Any]] = {"image": _image, **_PARAMS, "base64": _boolean, "metadata": _metadata}
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "image": _image,
+    **_PARAMS,
+    "base64": _boolean,
+    "metadata": _metadata,
+    "preset": _preset,
+}
 FIELDS = tuple(_FIELDS)
-REQUIRED = ("image", "prompt")
+# What a preset may hold, and what an object's metadata may ask for.
+PARAMETERS = tuple(_PARAMS)
 
 
 def parse_fields(
@@ -303,36 +322,46 @@ def parse_fields(
     return values, errors
 
 
-def _parse(body: Any, required: tuple[str, ...]) -> dict[str, Any]:
+Presets = Callable[[str], Mapping[str, Any]]
+
+
+def _parse(body: Any, known: Mapping[str, Callable[[Any], Any]]) -> tuple[dict[str, Any], list[FieldError]]:
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
     # Segmind's clients send null for "not set".
-    unset = {name for name, value in body.items() if value is None and name in _FIELDS and name not in required}
-    values, errors = parse_fields({name: value for name, value in body.items() if name not in unset}, _FIELDS)
-    errors += [FieldError(name, "is required") for name in required if name not in body]
-    if errors:
-        raise InvalidRequest.of_fields(errors)
-    return values
+    return parse_fields({name: value for name, value in body.items() if value is not None or name not in known}, known)
 
 
-def _params(values: Mapping[str, Any]) -> Img2ImgParams:
-    return Img2ImgParams(**{name: values[name] for name in _PARAMS if name in values})
-
-
-def parse_request(body: Any) -> Img2ImgRequest:
-    """Check a decoded JSON body.
+def parse_request(body: Any, presets: Presets, *, required: tuple[str, ...] = ("image", "prompt")) -> Img2ImgRequest:
+    """Check a decoded JSON body. `presets` returns the fields of the team's preset of a name, or raises `NotFound`.
 
     Raises `InvalidRequest` naming every wrong, missing and unknown field with what it accepts.
     """
-    values = _parse(body, REQUIRED)
+    own, errors = _parse(body, _FIELDS)
+    values = own
+    if "preset" in own:
+        try:
+            values = {**presets(own["preset"]), **own}
+        except NotFound as missing:
+            errors.append(FieldError("preset", missing.detail))
+    wrong = {error.field for error in errors}
+    errors += [FieldError(name, "is required") for name in required if name not in values and name not in wrong]
+    if errors:
+        raise InvalidRequest.of_fields(errors)
+    params = {name: values[name] for name in PARAMETERS if name in values}
     return Img2ImgRequest(
-        params=_params(values),
-        image=values["image"],
+        params=Img2ImgParams(**{"prompt": "", **params}),
+        image=values.get("image"),
         base64=values.get("base64", False),
         metadata=values.get("metadata", {}),
+        preset=values.get("preset", ""),
+        own={name: own[name] for name in PARAMETERS if name in own},
     )
 
 
-def parse_params(body: Any) -> Img2ImgParams:
-    """Check a decoded JSON body in which any field may be missing, and return the parameters. Raises as above."""
-    return _params({"prompt": "", **_parse(body, ())})
+def parse_preset(body: Any) -> dict[str, Any]:
+    """Check the fields of a preset, any of the parameters, and return those that are set. Raises `InvalidRequest`."""
+    values, errors = _parse(body, _PARAMS)
+    if errors:
+        raise InvalidRequest.of_fields(errors)
+    return values

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from img2img.credits import Account
 from img2img.jobs import Job, Output, OutputStatus
 from img2img.params import Img2ImgParams
+from img2img.presets import Preset
 from img2img.prices import Receipt
 from img2img.store import Page
 from img2img.usage import Row, UsageQuery, as_records, total
@@ -33,30 +34,18 @@ def _between(start: int | None, end: int | None) -> int | None:
     return None if start is None or end is None else end - start
 
 
-def _output(services: Services, output: Output) -> dict[str, Any]:
+def _output(output: Output) -> dict[str, Any]:
     shown: dict[str, Any] = {"index": output.index, "status": output.status, "seed": output.seed}
     if output.status is OutputStatus.SUCCEEDED:
-        expires = (services.clock() + services.settings.result_url_ttl) * 1000
-        shown |= {
-            "url": services.storage.output_url(output),
-            "url_expires_at": _time(expires),
-            "content_type": output.content_type,
-            "width": output.width,
-            "height": output.height,
-            "bytes": output.bytes,
-            "sha256": output.sha256,
-        }
+        names = ("content_type", "width", "height", "bytes", "sha256")
+        shown |= {name: getattr(output, name) for name in names}
     if output.error_code:
         shown["error"] = {"code": output.error_code, "detail": output.error_detail}
     return shown
 
 
-def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
-    """Return the job's JSON form with fresh presigned URLs. Signing asks nothing of AWS.
-
-    `base_url` is the API's address up to its stage, without a slash at its end.
-    """
-    url = job_url(base_url, job.id)
+def pipeline_document(job: Job) -> dict[str, Any]:
+    """Return an ended job as it lies beside its results: without URLs, which would go stale."""
     return {
         "id": job.id,
         "status": job.status,
@@ -65,7 +54,7 @@ def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
         "completed_at": _time(job.completed_ms),
         "input": job.params.as_dict(),
         "backend": job.backend,
-        "outputs": [_output(services, output) for output in job.outputs] if job.status.is_terminal else [],
+        "outputs": [_output(output) for output in job.outputs] if job.status.is_terminal else [],
         "error": {"code": job.error_code, "detail": job.error_detail} if job.error_code else None,
         "metrics": {
             "queue_ms": _between(job.created_ms, job.started_ms),
@@ -73,9 +62,23 @@ def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
             "total_ms": _between(job.created_ms, job.completed_ms),
         },
         "credits": asdict(job.credits),
+        "source": asdict(job.source) if job.source else None,
         "metadata": dict(job.metadata),
-        "urls": {"get": url, "cancel": f"{url}/cancel"},
     }
+
+
+def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
+    """Return the job's JSON form with fresh presigned URLs. Signing asks nothing of AWS.
+
+    `base_url` is the API's address up to its stage, without a slash at its end.
+    """
+    url = job_url(base_url, job.id)
+    document = pipeline_document(job)
+    expires = _time((services.clock() + services.settings.result_url_ttl) * 1000)
+    for output, shown in zip(job.outputs, document["outputs"], strict=False):
+        if output.status is OutputStatus.SUCCEEDED:
+            shown |= {"url": services.storage.output_url(output), "url_expires_at": expires}
+    return document | {"urls": {"get": url, "cancel": f"{url}/cancel"}}
 
 
 def page_document(services: Services, page: Page, base_url: str) -> dict[str, Any]:
@@ -119,6 +122,11 @@ def usage_document(query: UsageQuery, rows: Sequence[Row], labels: Mapping[str, 
         "rows": as_records(rows, query.group_by, labels),
         "total": asdict(total(rows)),
     }
+
+
+def preset_document(preset: Preset) -> dict[str, Any]:
+    """Return a preset."""
+    return {"name": preset.name, "updated_at": _time(preset.updated_ms), "fields": dict(preset.fields)}
 
 
 def job_url(base_url: str, job_id: str) -> str:

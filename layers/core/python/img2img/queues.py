@@ -1,4 +1,4 @@
-"""The queue of jobs. A message only names a job: what it is stands in the table."""
+"""The queues. A message to the worker only names a job: what it is stands in the table."""
 
 from __future__ import annotations
 
@@ -26,20 +26,29 @@ class JobMessage:
         return cls(**json.loads(body))
 
 
-class JobQueue:
-    """Sends jobs to the worker."""
+def after_trouble(receives: int) -> int:
+    """Return the seconds until the next try: short at first, for a waiting caller, then longer, for AWS to recover."""
+    return int(min(5 * 4 ** (receives - 1), 900))
+
+
+class Queue:
+    """A queue that a function is fed from."""
 
     def __init__(self, client: SQSClient, url: str) -> None:
         self._client = client
         self._url = url
-
-    def send(self, job: Job) -> None:
-        """Ask a worker to run the job; asking twice is harmless."""
-        message = JobMessage(job.team, job.id, job.correlation_id)
-        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(asdict(message)))
 
     def redeliver(self, receipt_handle: str, seconds: int) -> None:
         """Have a message that is reported as failed come back after `seconds`, not after the queue's default."""
         self._client.change_message_visibility(
             QueueUrl=self._url, ReceiptHandle=receipt_handle, VisibilityTimeout=seconds
         )
+
+
+class JobQueue(Queue):
+    """Sends jobs to the worker."""
+
+    def send(self, job: Job) -> None:
+        """Ask a worker to run the job; asking twice is harmless."""
+        message = JobMessage(job.team, job.id, job.correlation_id)
+        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(asdict(message)))

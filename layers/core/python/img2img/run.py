@@ -12,6 +12,7 @@ from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
+from img2img.create import RESEND_AFTER
 from img2img.errors import (
     BackendBroken,
     BackendRateLimited,
@@ -33,7 +34,7 @@ from img2img.jobs import (
     missing,
     with_outputs,
 )
-from img2img.submit import RESEND_AFTER
+from img2img.outbox import publish
 
 if TYPE_CHECKING:
     from img2img.backends import Backend
@@ -184,7 +185,11 @@ def _conclude(services: Services, job: Job, samples: list[_Sample]) -> Run:
 
 def _finish(services: Services, job: Job) -> Run:
     ended = services.jobs.finish(job)
-    return Run(ended) if ended else _discard(services, job)
+    if ended is None:
+        return _discard(services, job)
+    # If this fails, the message comes again and finds the job ended: see `_tidy`.
+    publish(services, ended)
+    return Run(ended)
 
 
 def _discard(services: Services, job: Job) -> Run:
@@ -200,9 +205,12 @@ def _discard(services: Services, job: Job) -> Run:
 
 
 def _tidy(services: Services, team: str, job_id: str, now: Job | None) -> None:
-    """Remove what was generated for a job that was canceled or deleted meanwhile, by a worker that may have crashed.
+    """Do for an ended job what a worker that crashed may have left undone: publish it or, if it was canceled or deleted
+    meanwhile, remove what was generated.
 
     When another worker took the job over, the objects are that worker's as well and stay.
     """
     if now is None or now.status is Status.CANCELED:
         services.storage.delete_outputs(team, job_id)
+    elif now.status.is_terminal:
+        publish(services, now)

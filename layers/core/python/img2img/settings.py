@@ -20,6 +20,7 @@ class Settings:
     uploads_bucket: str = _setting("UPLOADS_BUCKET", "bucket of uploads and prepared inputs")
     results_bucket: str = _setting("RESULTS_BUCKET", "bucket of results")
     jobs_queue_url: str = _setting("JOBS_QUEUE_URL", "SQS queue that feeds the worker")
+    uploads_queue_url: str = _setting("UPLOADS_QUEUE_URL", "SQS queue of S3's notices of new objects")
     segmind_secret_id: str = _setting("SEGMIND_SECRET_ID", "Secrets Manager secret that holds the Segmind key")
     segmind_base_url: str = _setting("SEGMIND_BASE_URL", "address of Segmind's v1 API", "https://api.segmind.com/v1")
     segmind_timeout: int = _setting("SEGMIND_TIMEOUT_SECONDS", "longest wait for one Segmind answer", 90)

@@ -1,22 +1,29 @@
 """Objects in S3: key layout, presigned URLs, reads and writes.
 
-Uploads bucket: `uploads/<team>/<upload id>`, `inputs/<team>/<job>.png`. Results bucket:
-`results/<team>/<job>/<index>.<extension>`. Two buckets, so a result can never start a job.
+Uploads bucket: `uploads/<team>/<upload id>`, `inputs/<team>/<job>.png`, and what starts jobs and is never written here:
+`inbox/<team>/<preset>/<name>`, `awaited/<team>/<job>`. Results bucket: `results/<team>/<job>/<index>.<extension>`,
+`outbox/<team>/<preset>/<name>...`. Two buckets, so a result can never start a job.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
 from img2img import images
-from img2img.errors import NotFound
-from img2img.jobs import Job, Output, OutputStatus
+from img2img.errors import NotFound, UnsupportedImage
+from img2img.jobs import Job, Output, OutputStatus, Source
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+
+# Of an archived object, and of one that was put with a key of the customer's own.
+_UNREADABLE = ("InvalidObjectState", "InvalidRequest")
 
 
 class Storage:
@@ -52,13 +59,25 @@ class Storage:
         return f"results/{team}/{job_id}/"
 
     def presigned_upload(self, team: str, upload_id: str, content_type: str) -> dict[str, Any]:
-        """Return `url` and `fields` of a presigned POST for exactly this key, type and size."""
+        """Return `url` and `fields` of a presigned POST of one upload."""
+        return self._presigned_post(self._upload_key(team, upload_id), content_type, self._upload_url_ttl)
+
+    def awaited_source(self, team: str, job_id: str, preset: str) -> Source:
+        """Return where the upload of a job is to come."""
+        return Source(bucket=self._uploads, key=f"awaited/{team}/{job_id}", version="", preset=preset)
+
+    def presigned_source(self, source: Source, content_type: str, *, seconds: int) -> dict[str, Any]:
+        """Return `url` and `fields` of a presigned POST of the upload that starts a job."""
+        return self._presigned_post(source.key, content_type, seconds)
+
+    def _presigned_post(self, key: str, content_type: str, seconds: int) -> dict[str, Any]:
+        # For exactly this key, type and size.
         return self._client.generate_presigned_post(
             self._uploads,
-            self._upload_key(team, upload_id),
+            key,
             Fields={"Content-Type": content_type},
             Conditions=[{"Content-Type": content_type}, ["content-length-range", 1, self._max_image_bytes]],
-            ExpiresIn=self._upload_url_ttl,
+            ExpiresIn=seconds,
         )
 
     def put_upload(self, team: str, upload_id: str, data: bytes, content_type: str) -> None:
@@ -82,6 +101,24 @@ class Storage:
         with answer["Body"] as body:
             images.refuse_larger(answer["ContentLength"], self._max_image_bytes)
             return body.read()
+
+    def get_new_object(self, key: str, *, etag: str, version_id: str) -> tuple[bytes, Mapping[str, str]] | None:
+        """Return the bytes and metadata of one version of an object, None when it is not what stands there any more.
+
+        Raises `TooLarge` before reading, and `UnsupportedImage` for what S3 will never give.
+        """
+        which: dict[str, Any] = {"VersionId": version_id} if version_id else {"IfMatch": etag}
+        try:
+            answer = self._client.get_object(Bucket=self._uploads, Key=key, **which)
+        except ClientError as error:
+            if error.response["Error"].get("Code") in _UNREADABLE:
+                raise UnsupportedImage("The file is archived, or encrypted with a key of its sender's") from None
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 412):
+                raise
+            return None
+        with answer["Body"] as body:
+            images.refuse_larger(answer["ContentLength"], self._max_image_bytes)
+            return body.read(), answer["Metadata"]
 
     def put_input(self, team: str, job_id: str, png: bytes) -> None:
         """Store the picture that a job sends to its backend."""
@@ -158,10 +195,32 @@ class Storage:
             "get_object", Params={"Bucket": self._results, "Key": output.key}, ExpiresIn=self._result_url_ttl
         )
 
-    def delete_job(self, team: str, job_id: str) -> None:
-        """Delete a job's input and outputs; what is gone already is no error."""
-        self.delete_input(team, job_id)
-        self.delete_outputs(team, job_id)
+    def copy_output(self, output: Output, key: str, metadata: Mapping[str, str]) -> None:
+        """Copy a generated picture within the bucket of results; its bytes do not come here."""
+        self._client.copy_object(
+            Bucket=self._results,
+            Key=key,
+            CopySource={"Bucket": self._results, "Key": output.key},
+            ContentType=output.content_type,
+            Metadata=metadata,
+            MetadataDirective="REPLACE",
+        )
+
+    def put_document(self, key: str, document: Mapping[str, Any]) -> None:
+        """Store a JSON document in the bucket of results."""
+        body = json.dumps(document, ensure_ascii=False, indent=2).encode()
+        self._client.put_object(Bucket=self._results, Key=key, Body=body, ContentType="application/json")
+
+    def delete_document(self, key: str) -> None:
+        """Delete what `copy_output` or `put_document` stored."""
+        self._client.delete_object(Bucket=self._results, Key=key)
+
+    def delete_job(self, job: Job) -> None:
+        """Delete a job's upload, if it had one of its own, its input and outputs; what is gone is no error."""
+        if job.source and job.source.key.startswith("awaited/"):
+            self._client.delete_object(Bucket=self._uploads, Key=job.source.key)
+        self.delete_input(job.team, job.id)
+        self.delete_outputs(job.team, job.id)
 
     def delete_input(self, team: str, job_id: str) -> None:
         """Delete the picture that a job would have sent."""

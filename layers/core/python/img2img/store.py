@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from aws_lambda_powertools import Logger
 from botocore.exceptions import ClientError
@@ -22,9 +22,9 @@ from img2img.dynamo import (
     through_conflicts,
     to_job,
 )
-from img2img.errors import NotFound
+from img2img.errors import NotFound, UploadMissing
 from img2img.ids import first_id_at, id_before, new_id
-from img2img.jobs import NEXT, Job, Status, ended, verdict
+from img2img.jobs import NEXT, Job, Status, concluded, ended
 from img2img.listing import JobFilter
 from img2img.usage import count
 
@@ -36,20 +36,27 @@ logger = Logger(child=True)
 # Spreads the sparse index `open` over partitions: one would bound all writes to 1,000 a second.
 OPEN_SHARDS = 4
 GUARD_TTL = 24 * 3600
+# Longer than any notice of S3's can be on its way: four days in its queue and fourteen in the dead letters.
+OBJECT_GUARD_TTL = 30 * 86_400
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Ties an idempotency key to one job for good, in the transaction that creates the job."""
+    """Ties an idempotency key, or a version of an object, to one job in the transaction that creates the job.
+
+    `ttl` is how long it holds, in seconds.
+    """
 
     team: str
     key: str
     fingerprint: str
+    kind: Literal["GUARD", "OBJECT"] = "GUARD"
+    ttl: int = GUARD_TTL
 
     @property
     def pk(self) -> str:
         """The guard's partition key."""
-        return f"GUARD#{self.team}#{self.key}"
+        return f"{self.kind}#{self.team}#{self.key}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,10 @@ class Page:
     cursor: str | None
 
 
+def _expiry(item: Item) -> float:
+    return int(item["expires_at"]["N"]) if "expires_at" in item else float("inf")
+
+
 class JobStore:
     """The table of jobs and guards. `clock` returns epoch seconds."""
 
@@ -82,61 +93,87 @@ class JobStore:
         return {"pk": text(f"TEAM#{team}"), "sk": text(f"JOB#{job_id}")}
 
     def _new_item(self, job: Job) -> dict[str, Any]:
+        # Only what has ended expires: an open job holds credits, which its end alone gives back.
+        stage = (
+            {"expires_at": self._expires_at(job)}
+            if job.status.is_terminal
+            else {"open_shard": text(f"OPEN#{sum(job.id.encode()) % OPEN_SHARDS}")}
+        )
+        return {**self._key(job.team, job.id), **new_job(job), **stage}
+
+    def _expires_at(self, job: Job) -> dict[str, str]:
+        return number((job.completed_ms or 0) // 1000 + self._retention)
+
+    def _guard(self, guard: Guard, job: Job) -> Any:
+        now = job.created_ms // 1000
+        gone_by_now = "expires_at <= :now"
         return {
-            **self._key(job.team, job.id),
-            **new_job(job),
-            "open_shard": text(f"OPEN#{sum(job.id.encode()) % OPEN_SHARDS}"),
-            "expires_at": number(job.created_ms // 1000 + self._retention),
+            "Put": {
+                "TableName": self._table,
+                "Item": {
+                    "pk": text(guard.pk),
+                    "sk": text("GUARD"),
+                    "job_id": text(job.id),
+                    "fingerprint": text(guard.fingerprint),
+                    "expires_at": number(now + guard.ttl),
+                },
+                "ConditionExpression": f"{WRITTEN_ONCE} OR {gone_by_now}",
+                "ExpressionAttributeValues": {":now": number(now)},
+                "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+            }
         }
 
     def create(self, job: Job, guard: Guard | None = None) -> Guarded | None:
         """Write a new job, its guard and the reservation of its price in one transaction.
 
-        Returns None when written, or what the guard already holds; then nothing was written, nor when it raises
+        A job that failed before it could run reserves nothing: it is settled for nothing and counted at once. Returns
+        None when written, or what the guard already holds; then nothing was written, nor when it raises
         `InsufficientCredits` or `TeamDisabled`.
         """
         writes: list[Any] = [
-            {"Put": {"TableName": self._table, "Item": self._new_item(job), "ConditionExpression": WRITTEN_ONCE}},
-            *reserve(self._table, job),
+            {"Put": {"TableName": self._table, "Item": self._new_item(job), "ConditionExpression": WRITTEN_ONCE}}
         ]
+        if job.status.is_terminal:
+            writes += [*settle(self._table, job), count(self._table, job)]
+        else:
+            writes += reserve(self._table, job)
         if guard:
-            now = job.created_ms // 1000
-            gone_by_now = "expires_at <= :now"
-            writes.append(
-                {
-                    "Put": {
-                        "TableName": self._table,
-                        "Item": {
-                            "pk": text(guard.pk),
-                            "sk": text("GUARD"),
-                            "job_id": text(job.id),
-                            "fingerprint": text(guard.fingerprint),
-                            "expires_at": number(now + GUARD_TTL),
-                        },
-                        "ConditionExpression": f"{WRITTEN_ONCE} OR {gone_by_now}",
-                        "ExpressionAttributeValues": {":now": number(now)},
-                        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
-                    }
-                }
-            )
+            writes.append(self._guard(guard, job))
         try:
             through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
         except ClientError as error:
+            failed = cancellations(error)
             reasons = error.response.get("CancellationReasons", [])
-            _, account, _, *guarded = cancellations(error) or ("", "", "")
-            if guarded == ["ConditionalCheckFailed"]:
-                held: Item = reasons[3]["Item"]
+            if guard and failed[-1:] == ["ConditionalCheckFailed"]:
+                held: Item = reasons[-1]["Item"]
                 return Guarded(held["job_id"]["S"], held["fingerprint"]["S"])
-            if account == "ConditionalCheckFailed":
+            if failed[1:2] == ["ConditionalCheckFailed"]:
                 raise refusal(job.credits.reserved, reasons[1].get("Item")) from None
             raise
         return None
+
+    def start(self, job: Job, *, due_at: int, deadline_at: int) -> bool:
+        """Queue a job whose upload has come. Returns False when it waits for none any more."""
+        still_awaited = "#status = :awaiting"
+        started, _ = self._update(
+            job.team,
+            job.id,
+            "SET #status = :queued, due_at = :due, deadline_at = :deadline",
+            still_awaited,
+            {
+                ":awaiting": text(Status.AWAITING_UPLOAD),
+                ":queued": text(Status.QUEUED),
+                ":due": number(due_at),
+                ":deadline": number(deadline_at),
+            },
+        )
+        return started
 
     def get(self, team: str, job_id: str) -> Job:
         """Return a job as it is now. Raises `NotFound`, also for another team's job."""
         answer = self._client.get_item(TableName=self._table, Key=self._key(team, job_id), ConsistentRead=True)
         # TTL deletes late, up to two days: an expired item counts as gone.
-        if "Item" not in answer or int(answer["Item"]["expires_at"]["N"]) <= self._clock():
+        if "Item" not in answer or _expiry(answer["Item"]) <= self._clock():
             raise NotFound(f"There is no job {job_id}")
         return to_job(answer["Item"])
 
@@ -154,7 +191,7 @@ class JobStore:
         query: dict[str, Any] = {
             "TableName": self._table,
             "KeyConditionExpression": "pk = :pk AND sk BETWEEN :low AND :high",
-            "FilterExpression": "expires_at > :now",
+            "FilterExpression": "(attribute_not_exists(expires_at) OR expires_at > :now)",
             "ExpressionAttributeValues": {
                 ":pk": text(f"TEAM#{team}"),
                 ":low": text(f"JOB#{low}"),
@@ -260,19 +297,14 @@ class JobStore:
 
         Returns the ended job, or None when it has moved on meanwhile; then nothing was written.
         """
-        error = verdict(job)
-        status = Status.FAILED if error else Status.SUCCEEDED
-        if status not in NEXT[job.status]:
+        after = concluded(job, at_ms=int(self._clock() * 1000))
+        if after.status not in NEXT[job.status]:
             return None
         as_seen = "#status = :seen"
         # A queued job may have been run and queued again since.
         unchanged = "lease = :held" if job.lease else "attribute_not_exists(lease) AND due_at = :held"
         held = text(job.lease) if job.lease else number(job.due_at or 0)
-        return self._end(
-            ended(job, status, at_ms=int(self._clock() * 1000), error=error),
-            f"{as_seen} AND {unchanged}",
-            {":seen": text(job.status), ":held": held},
-        )
+        return self._end(after, f"{as_seen} AND {unchanged}", {":seen": text(job.status), ":held": held})
 
     def _end(self, job: Job, condition: str, values: Mapping[str, Any]) -> Job | None:
         """Write a job's end, settle its credits and count it, in one transaction. Returns None if refused."""
@@ -282,6 +314,7 @@ class JobStore:
             "outputs": outputs_json(job.outputs),
             "error_code": text(job.error_code),
             "error_detail": text(job.error_detail),
+            "expires_at": self._expires_at(job),
             **receipt(job.credits),
         }
         update: Any = {
@@ -312,6 +345,13 @@ class JobStore:
                 return canceled
             job = self.get(team, job_id)
         return job
+
+    def expire(self, job: Job) -> Job | None:
+        """Cancel a job whose upload did not come. Returns None when it has come meanwhile."""
+        error = UploadMissing("The upload that this job waited for did not come in time")
+        expired = ended(job, Status.CANCELED, at_ms=int(self._clock() * 1000), error=error)
+        still_awaited = "#status = :seen"
+        return self._end(expired, still_awaited, {":seen": text(Status.AWAITING_UPLOAD)})
 
     def delete(self, team: str, job_id: str) -> None:
         """Delete a job; deleting it twice is no error."""

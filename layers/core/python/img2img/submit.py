@@ -1,118 +1,47 @@
-"""Create a job, once for each idempotency key, and watch it."""
+"""Create a job from a request, once for each idempotency key, and watch it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
-from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, InvalidRequest, NotFound, ServiceError
-from img2img.ids import new_id
-from img2img.jobs import Job, Output, Status
-from img2img.params import ImageUrl, Img2ImgRequest, InlineImage
-from img2img.store import GUARD_TTL, Guard
+from img2img.create import Caller, RemainingTime, Submission, create, new_job, once, prepare, send
+from img2img.errors import InvalidRequest
+from img2img.jobs import Job, Output
+from img2img.params import ImageUrl, Img2ImgRequest, InlineImage, UploadId
+from img2img.store import Guard
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
 
 logger = Logger(child=True)
 
-# A message is on its way within milliseconds; later than this, `sweep` sends another.
-RESEND_AFTER = 60
 MAX_IDEMPOTENCY_KEY = 255
-BACKEND = "segmind"
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks: a team, through one of its API keys, in one HTTP request."""
-
-    team: str
-    key_id: str
-    correlation_id: str
-
-
-class RemainingTime(Protocol):
-    """Lambda's context, as far as idempotency needs it."""
-
-    def get_remaining_time_in_millis(self) -> int:
-        """Return the milliseconds until this invocation is stopped."""
-        ...
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A job as created, or as it stands now if an earlier request with the same key had created it."""
-
-    job: Job
-    replayed: bool
 
 
 def _image_bytes(services: Services, team: str, request: Img2ImgRequest) -> bytes:
-    if isinstance(request.image, InlineImage):
-        images.refuse_larger(len(request.image.data), services.settings.max_image_bytes)
-        return request.image.data
-    if isinstance(request.image, ImageUrl):
-        return services.fetcher.fetch(request.image.url)
-    return services.storage.get_upload(team, request.image.id)
+    match request.image:
+        case InlineImage(data):
+            images.refuse_larger(len(data), services.settings.max_image_bytes)
+            return data
+        case ImageUrl(url):
+            return services.fetcher.fetch(url)
+        case UploadId(upload_id):
+            return services.storage.get_upload(team, upload_id)
+    raise AssertionError("a request names its image")
 
 
-def _create(services: Services, caller: Caller, request: Img2ImgRequest, key: str | None) -> tuple[Job, bool]:
-    """Make the job and ask for its run. Returns the job and whether it had existed.
-
-    The picture is prepared before the job exists: an unreadable image makes no job, and no retry of a job decodes
-    it again.
-    """
-    params = request.params.resolved()
-    png = images.prepare(
-        _image_bytes(services, caller.team, request),
-        width=params.img_width,
-        height=params.img_height,
-        fit=params.fit,
-        max_pixels=services.settings.max_image_pixels,
-    )
-    now = services.clock()
-    deadline_at = int(now) + services.settings.job_deadline
-    job = Job(
-        id=new_id(int(now * 1000)),
-        team=caller.team,
-        key_id=caller.key_id,
-        correlation_id=caller.correlation_id,
-        status=Status.QUEUED,
-        params=params,
-        metadata=request.metadata,
-        backend=BACKEND,
-        credits=services.prices.quote(params, BACKEND),
-        created_ms=int(now * 1000),
-        due_at=min(int(now) + RESEND_AFTER, deadline_at),
-        deadline_at=deadline_at,
-    )
-    services.storage.put_input(job.team, job.id, png)
-    guard = Guard(job.team, key, request.fingerprint) if key else None
-    try:
-        guarded = services.jobs.create(job, guard)
-    except ServiceError:
-        with suppress(BotoCoreError, ClientError):
-            services.storage.delete_input(job.team, job.id)
-        raise
-    if guarded:
-        # An earlier request crashed between this transaction and the idempotency record's completion.
-        services.storage.delete_input(job.team, job.id)
-        if guarded.fingerprint != request.fingerprint:
-            raise IdempotencyKeyReused("The Idempotency-Key was used with another payload")
-        job = _earlier_job(services, job.team, guarded.job_id)
-    if not job.status.is_terminal:
-        try:
-            services.queue.send(job)
-        except (BotoCoreError, ClientError) as error:
-            # The job exists and would run anyway: failing now would tell the caller otherwise.
-            logger.warning("job not sent, sweep will send it", error=type(error).__name__, job_id=job.id)
-    return job, guarded is not None
+def guard_of(caller: Caller, key: str | None, fingerprint: str) -> Guard | None:
+    """Return what ties an `Idempotency-Key` to its job. Raises `InvalidRequest`."""
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY or not key.isprintable():
+        raise InvalidRequest.of_field("Idempotency-Key", f"must have 1 to {MAX_IDEMPOTENCY_KEY} printable characters")
+    return Guard(caller.team, key, fingerprint)
 
 
 def submit(
@@ -120,59 +49,21 @@ def submit(
 ) -> Submission:
     """Create a job, or find the one that an earlier request with the same `Idempotency-Key` created.
 
-    Raises `InvalidRequest`, `UnsupportedImage`, `TooLarge` and `NotFound` about the request, `IdempotencyInFlight`
-    while another request with the key is being worked on, `IdempotencyKeyReused` for another payload,
-    `InsufficientCredits` and `TeamDisabled` about the team.
+    The picture is prepared before the job exists: an unreadable image makes no job, and no retry of a job decodes it
+    again. Raises `InvalidRequest`, `UnsupportedImage`, `TooLarge` and `NotFound` about the request,
+    `IdempotencyInFlight` while another request with the key is being worked on, `IdempotencyKeyReused` for another
+    payload, `InsufficientCredits` and `TeamDisabled` about the team.
     """
-    if idempotency_key is None:
-        return Submission(_create(services, caller, request, None)[0], replayed=False)
-    if not 1 <= len(idempotency_key) <= MAX_IDEMPOTENCY_KEY or not idempotency_key.isprintable():
-        raise InvalidRequest.of_field("Idempotency-Key", f"must have 1 to {MAX_IDEMPOTENCY_KEY} printable characters")
-    return _submit_once(services, caller, request, idempotency_key, context)
+    guard = guard_of(caller, idempotency_key, request.fingerprint)
 
+    def make() -> Submission:
+        job = new_job(services, caller, request)
+        made = create(services, job, prepare(services, job, _image_bytes(services, caller.team, request)), guard)
+        if not made.job.status.is_terminal:
+            send(services, made.job)
+        return made
 
-def _submit_once(services: Services, caller: Caller, request: Img2ImgRequest, key: str, context: Any) -> Submission:
-    from aws_lambda_powertools.utilities.idempotency import IdempotencyConfig, idempotent_function
-    from aws_lambda_powertools.utilities.idempotency.exceptions import (
-        IdempotencyAlreadyInProgressError,
-        IdempotencyValidationError,
-    )
-
-    created: list[Submission] = []
-    config = IdempotencyConfig(
-        event_key_jmespath="[team, key]",
-        payload_validation_jmespath="fingerprint",
-        expires_after_seconds=GUARD_TTL,
-        hash_function="sha256",
-        raise_on_no_idempotency_key=True,
-        # Without it a run that timed out would block its key for a day.
-        lambda_context=context,
-    )
-
-    @idempotent_function(  # type: ignore[untyped-decorator]
-        data_keyword_argument="claim", persistence_store=services.idempotency, config=config, key_prefix="create"
-    )
-    def create_once(*, claim: dict[str, str]) -> dict[str, str]:
-        job, existed = _create(services, caller, request, claim["key"])
-        created.append(Submission(job, replayed=existed))
-        return {"job_id": job.id}
-
-    try:
-        record = create_once(claim={"team": caller.team, "key": key, "fingerprint": request.fingerprint})
-    except IdempotencyAlreadyInProgressError:
-        raise IdempotencyInFlight("Another request with this Idempotency-Key is in flight", retry_after=1) from None
-    except IdempotencyValidationError:
-        raise IdempotencyKeyReused("The Idempotency-Key was used with another payload") from None
-    if created:
-        return created[0]
-    return Submission(_earlier_job(services, caller.team, record["job_id"]), replayed=True)
-
-
-def _earlier_job(services: Services, team: str, job_id: str) -> Job:
-    try:
-        return services.jobs.get(team, job_id)
-    except NotFound:
-        raise Gone("The job that this Idempotency-Key created was deleted") from None
+    return once(services, guard, context, make, prefix="create") if guard else make()
 
 
 def watch(services: Services, job: Job, seconds: float) -> Job:

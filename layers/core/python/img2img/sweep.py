@@ -9,9 +9,10 @@ from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import observe
+from img2img.create import RESEND_AFTER
 from img2img.errors import DeadlineExceeded
 from img2img.jobs import DEADLINE_PASSED, Job, Status, given_up
-from img2img.submit import RESEND_AFTER
+from img2img.outbox import publish
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -28,13 +29,23 @@ def _next_look(job: Job, now: int) -> int:
 def _look_after(services: Services, job: Job) -> str | None:
     """Return what was done: how the job ended, `resent`, or None when it had moved on."""
     now = int(services.clock())
+    if job.status is Status.AWAITING_UPLOAD:
+        expired = services.jobs.expire(job)
+        if expired is None:
+            return None
+        observe.job_ended(logger, expired)
+        return expired.status
     # An attempt may have stored pictures before it crashed: a worker finds them, and ends the job with them.
     grace = services.settings.lease_seconds if job.attempts else 0
     if now >= job.deadline_at + grace:
         past = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
+        if job.source:
+            # If this sweep dies before it has published, a worker does.
+            services.queue.send(job)
         ended = services.jobs.finish(past)
         if ended is None:
             return None
+        publish(services, ended)
         observe.job_ended(logger, ended)
         return ended.status
     # First sent, then postponed: a message too many does no harm, a lost one would.
@@ -47,10 +58,11 @@ def _look_after(services: Services, job: Job) -> str | None:
 
 
 def sweep(services: Services) -> Counter[str]:
-    """Fail what is past its deadline and send again what was forgotten or whose worker died.
+    """Fail what is past its deadline, cancel what waits for an upload in vain, and send again what was forgotten or
+    whose worker died.
 
-    Returns how many jobs `failed`, `succeeded` in part, were `resent`, or `skipped` for trouble with AWS. Two sweeps at
-    once do no harm.
+    Returns how many jobs `failed`, `succeeded` in part, were `canceled`, `resent`, or `skipped` for trouble with AWS.
+    Two sweeps at once do no harm.
     """
     done: Counter[str] = Counter()
     for job in services.jobs.overdue():

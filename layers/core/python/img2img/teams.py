@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -54,13 +54,12 @@ class ApiKey:
 
 
 def _new_team(team: Team) -> dict[str, Any]:
-    zeros = ("balance", "reserved", "charged", "added", "entries")
     return {
         **team_key(team.id),
         "name": text(team.name),
         "enabled": {"BOOL": team.enabled},
         "created_ms": number(team.created_ms),
-        **{name: number(0) for name in zeros},
+        **{name: number(amount) for name, amount in asdict(Account()).items()},
     }
 
 
@@ -120,7 +119,10 @@ class TeamStore:
             # Before anything is read: however long that takes, a minute is a minute.
             until = self._clock() + CACHE_SECONDS
             key = self.key(key_id)
-            found = (until, key, self.get(key.team).enabled)
+            try:
+                found = (until, key, self.get(key.team).enabled)
+            except NotFound:
+                raise KeyUnknown("The team of this API key does not exist") from None
             if len(self._seen) >= _CACHE_SIZE:
                 self._seen.clear()
             self._seen[key_id] = found
@@ -128,7 +130,7 @@ class TeamStore:
         if not key.enabled:
             raise KeyDisabled("This API key is disabled")
         if not team_enabled:
-            raise TeamDisabled("The team of this API key is disabled")
+            raise TeamDisabled("The team is disabled")
         return key.team
 
     def create(self, team_id: str, *, name: str = "") -> Team:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from img2img import images
-from img2img.errors import InvalidRequest
+from img2img.create import Caller, RemainingTime, Submission, create, new_job, once
+from img2img.errors import FieldError, InvalidRequest
 from img2img.ids import new_id
-from img2img.params import one_of, parse_fields
+from img2img.jobs import Job, Status
+from img2img.params import Img2ImgRequest, one_of, parse_fields, parse_request
+from img2img.submit import guard_of
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
+
+
+# An upload may end when its form does; S3's notice of it may take minutes more.
+NOTICE_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -27,25 +35,73 @@ def _new_upload_id(services: Services) -> str:
     return f"upl_{new_id(int(services.clock() * 1000))}"
 
 
-def announce(services: Services, team: str, body: Any) -> dict[str, Any]:
-    """Return a presigned POST for one image: `id`, `url`, `fields`, `method`, `max_bytes`, `expires_in` (seconds).
+@dataclass(frozen=True)
+class Announced:
+    """A form to send an image with: `id` is that of the upload, `submission` the job that the upload will start."""
 
-    `body` may name the `content_type`, else it is JPEG. Raises `InvalidRequest`.
+    form: Mapping[str, Any]
+    id: str = ""
+    submission: Submission | None = None
+
+
+def _form(services: Services, presigned: Mapping[str, Any], *, seconds: int) -> dict[str, Any]:
+    return {"method": "POST", **presigned, "max_bytes": services.settings.max_image_bytes, "expires_in": seconds}
+
+
+def announce(
+    services: Services, caller: Caller, body: Any, *, idempotency_key: str | None, context: RemainingTime
+) -> Announced:
+    """Return a presigned POST of one image, its `content_type` named in the body or JPEG.
+
+    With a `job` object in the body the upload itself starts that job, whose price is reserved now and released if
+    nothing comes. An earlier request's job that waits no more has no form. Raises `InvalidRequest` and, with a job,
+    what `submit` raises about keys and the team.
     """
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
-    values, errors = parse_fields(body, {"content_type": one_of(images.ACCEPTED_CONTENT_TYPES)})
+    parsers = {"content_type": one_of(images.ACCEPTED_CONTENT_TYPES), "job": lambda value: value}
+    values, errors = parse_fields(body, parsers)
     if errors:
         raise InvalidRequest.of_fields(errors)
     content_type = values.get("content_type", "image/jpeg")
-    upload_id = _new_upload_id(services)
-    return {
-        "id": upload_id,
-        "method": "POST",
-        **services.storage.presigned_upload(team, upload_id, content_type),
-        "max_bytes": services.settings.max_image_bytes,
-        "expires_in": services.settings.upload_url_ttl,
-    }
+    if "job" not in values:
+        upload_id = _new_upload_id(services)
+        presigned = services.storage.presigned_upload(caller.team, upload_id, content_type)
+        return Announced(_form(services, presigned, seconds=services.settings.upload_url_ttl), id=upload_id)
+    request = _request_of(services, caller.team, values["job"])
+    guard = guard_of(caller, idempotency_key, request.fingerprint)
+
+    def make() -> Submission:
+        return create(services, _awaiting(services, caller, request), None, guard)
+
+    submission = once(services, guard, context, make, prefix="create") if guard else make()
+    return Announced(_form_of(services, submission.job, content_type), submission=submission)
+
+
+def _form_of(services: Services, job: Job, content_type: str) -> dict[str, Any]:
+    """Return the form that starts a job, for as long as the job waits for it; none once it waits no more."""
+    left = job.deadline_at - NOTICE_SECONDS - int(services.clock())
+    if job.status is not Status.AWAITING_UPLOAD or job.source is None or left <= 0:
+        return {}
+    return _form(services, services.storage.presigned_source(job.source, content_type, seconds=left), seconds=left)
+
+
+def _request_of(services: Services, team: str, job: Any) -> Img2ImgRequest:
+    try:
+        request = parse_request(job, lambda name: services.presets.get(team, name).fields, required=("prompt",))
+    except InvalidRequest as error:
+        named = [FieldError("job" if e.field == "body" else f"job.{e.field}", e.detail) for e in error.errors]
+        raise InvalidRequest.of_fields(named) from None
+    if request.image:
+        raise InvalidRequest.of_field("job.image", "must not be there: the image is what is uploaded")
+    return request
+
+
+def _awaiting(services: Services, caller: Caller, request: Img2ImgRequest) -> Job:
+    job = new_job(services, caller, request, status=Status.AWAITING_UPLOAD)
+    gives_up_at = int(services.clock()) + services.settings.upload_url_ttl + NOTICE_SECONDS
+    source = services.storage.awaited_source(caller.team, job.id, request.preset)
+    return replace(job, source=source, due_at=gives_up_at, deadline_at=gives_up_at)
 
 
 def store(services: Services, team: str, data: bytes) -> StoredUpload:

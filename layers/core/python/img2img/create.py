@@ -1,0 +1,182 @@
+"""What every way into the service shares: a new job, made once for each idempotency key or version of an object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aws_lambda_powertools import Logger
+from botocore.exceptions import BotoCoreError, ClientError
+
+from img2img import images
+from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, NotFound, ServiceError
+from img2img.ids import new_id
+from img2img.jobs import Job, Source, Status
+from img2img.store import GUARD_TTL, Guard
+
+if TYPE_CHECKING:
+    from img2img.bootstrap import Services
+    from img2img.params import Img2ImgRequest
+
+logger = Logger(child=True)
+
+# A message is on its way within milliseconds; later than this, `sweep` sends another.
+RESEND_AFTER = 60
+BACKEND = "segmind"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a team, through one of its API keys or its inbox, in one request."""
+
+    team: str
+    key_id: str
+    correlation_id: str
+
+
+class RemainingTime(Protocol):
+    """Lambda's context, as far as idempotency needs it."""
+
+    def get_remaining_time_in_millis(self) -> int:
+        """Return the milliseconds until this invocation is stopped."""
+        ...
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job as created, or as it stands now if an earlier request with the same key had created it."""
+
+    job: Job
+    replayed: bool
+
+
+def new_job(
+    services: Services,
+    caller: Caller,
+    request: Img2ImgRequest,
+    *,
+    status: Status = Status.QUEUED,
+    source: Source | None = None,
+) -> Job:
+    """Return a job that is nowhere yet, with its price."""
+    now = services.clock()
+    params = request.params.resolved()
+    deadline_at = int(now) + services.settings.job_deadline
+    return Job(
+        id=new_id(int(now * 1000)),
+        team=caller.team,
+        key_id=caller.key_id,
+        correlation_id=caller.correlation_id,
+        status=status,
+        params=params,
+        metadata=request.metadata,
+        backend=BACKEND,
+        source=source,
+        credits=services.prices.quote(params, BACKEND),
+        created_ms=int(now * 1000),
+        due_at=min(int(now) + RESEND_AFTER, deadline_at),
+        deadline_at=deadline_at,
+    )
+
+
+def prepare(services: Services, job: Job, image: bytes) -> bytes:
+    """Return the picture that the job sends to its backend. Raises `UnsupportedImage` and `TooLarge`."""
+    return images.prepare(
+        image,
+        width=job.params.img_width,
+        height=job.params.img_height,
+        fit=job.params.fit,
+        max_pixels=services.settings.max_image_pixels,
+    )
+
+
+def create(services: Services, job: Job, png: bytes | None, guard: Guard | None) -> Submission:
+    """Write a job with the picture that it sends, or find the one that the guard holds.
+
+    Raises `IdempotencyKeyReused`, `Gone`, `InsufficientCredits` and `TeamDisabled`; then nothing is left behind.
+    """
+    if png:
+        services.storage.put_input(job.team, job.id, png)
+    try:
+        guarded = services.jobs.create(job, guard)
+    except ServiceError:
+        with suppress(BotoCoreError, ClientError):
+            services.storage.delete_input(job.team, job.id)
+        raise
+    except (BotoCoreError, ClientError):
+        # The answer may be lost and the job be there, to be run and charged: then it is as good as answered.
+        if not _is_there(services, job):
+            raise
+        guarded = None
+    if not guarded:
+        return Submission(job, replayed=False)
+    # An earlier request crashed between this transaction and the idempotency record's completion.
+    if png:
+        services.storage.delete_input(job.team, job.id)
+    if guard and guarded.fingerprint != guard.fingerprint:
+        raise IdempotencyKeyReused("The Idempotency-Key was used with another payload")
+    return Submission(_earlier_job(services, job.team, guarded.job_id), replayed=True)
+
+
+def _is_there(services: Services, job: Job) -> bool:
+    with suppress(NotFound, BotoCoreError, ClientError):
+        services.jobs.get(job.team, job.id)
+        return True
+    return False
+
+
+def send(services: Services, job: Job) -> None:
+    """Ask a worker to run a job that exists. It would be run anyway, so a queue that takes nothing is no error."""
+    try:
+        services.queue.send(job)
+    except (BotoCoreError, ClientError) as error:
+        logger.warning("job not sent, sweep will send it", error=type(error).__name__, job_id=job.id)
+
+
+def once(services: Services, guard: Guard, context: Any, make: Callable[[], Submission], *, prefix: str) -> Submission:
+    """Make a submission, or find the one that was made for the same guard before.
+
+    Raises `IdempotencyInFlight` while another request with the key is being worked on, `IdempotencyKeyReused` for
+    another payload, `Gone`, and what `make` raises.
+    """
+    from aws_lambda_powertools.utilities.idempotency import IdempotencyConfig, idempotent_function
+    from aws_lambda_powertools.utilities.idempotency.exceptions import (
+        IdempotencyAlreadyInProgressError,
+        IdempotencyValidationError,
+    )
+
+    made: list[Submission] = []
+    config = IdempotencyConfig(
+        event_key_jmespath="[team, key]",
+        payload_validation_jmespath="fingerprint",
+        expires_after_seconds=GUARD_TTL,
+        hash_function="sha256",
+        raise_on_no_idempotency_key=True,
+        # Without it a run that timed out would block its key for a day.
+        lambda_context=context,
+    )
+
+    @idempotent_function(  # type: ignore[untyped-decorator]
+        data_keyword_argument="claim", persistence_store=services.idempotency, config=config, key_prefix=prefix
+    )
+    def make_once(*, claim: dict[str, str]) -> dict[str, str]:  # noqa: ARG001 (Powertools reads it)
+        submission = make()
+        made.append(submission)
+        return {"job_id": submission.job.id}
+
+    try:
+        record = make_once(claim={"team": guard.team, "key": guard.key, "fingerprint": guard.fingerprint})
+    except IdempotencyAlreadyInProgressError:
+        raise IdempotencyInFlight("Another request with this Idempotency-Key is in flight", retry_after=1) from None
+    except IdempotencyValidationError:
+        raise IdempotencyKeyReused("The Idempotency-Key was used with another payload") from None
+    return made[0] if made else Submission(_earlier_job(services, guard.team, record["job_id"]), replayed=True)
+
+
+def _earlier_job(services: Services, team: str, job_id: str) -> Job:
+    try:
+        return services.jobs.get(team, job_id)
+    except NotFound:
+        raise Gone("The job that this Idempotency-Key created was deleted") from None
