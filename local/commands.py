@@ -16,7 +16,7 @@ import requests
 
 from local.demo import DEFAULT_PROMPT, SAMPLE, DemoFailed, demo
 from local.functions import FunctionError
-from local.stack import API_KEY, LOGS, ROOT, TEAM, Stack
+from local.stack import API_KEY, LOGS, PRESET, ROOT, TEAM, Stack
 from local.template import TemplateError
 
 PORT = 3000
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--env",
         type=Path,
         default=_ENV,
-        help="file to source for `make admin`, while it runs (default: .local/aws.env)",
+        help="file to source for `make admin` and the AWS CLI, while it runs (default: .local/aws.env)",
     )
     show = commands.add_parser("demo", help="turn one image into another")
     show.set_defaults(action=_demo, port=0)
@@ -145,7 +145,7 @@ def _welcome(stack: Stack, seconds: float, logs: str, env: Path) -> str:
     if stack.segmind:
         backend = f"simulated; its answers are controlled at {stack.segmind.control_url}"
     # Through pipes: one argument of a command may not be as long as an image is.
-    sample = _short(SAMPLE)
+    sample, shell = _short(SAMPLE), shlex.quote(_short(env))
     curl = (
         f"""(printf '{{"prompt": "{DEFAULT_PROMPT}", "image": "'; base64 < {sample} | tr -d '\\n'; printf '"}}') |\n"""
         f"    curl -s {stack.url}/sd1.5-img2img -H 'x-api-key: {stack.api_key}'"
@@ -156,7 +156,9 @@ def _welcome(stack: Stack, seconds: float, logs: str, env: Path) -> str:
         f"Key      {stack.api_key}   (header x-api-key; team {TEAM})\n"
         f"Segmind  {backend}\n"
         f"Logs     {logs}\n"
-        f'Admin    . {shlex.quote(_short(env))}; make admin ARGS="team list"\n'
+        f'Admin    . {shell}; make admin ARGS="team list"\n'
+        f"Inbox    . {shell}; aws s3 cp {sample} s3://{stack.resources['UploadsBucket']}/inbox/{TEAM}/{PRESET}/\n"
+        f"Outbox   aws s3 ls s3://{stack.resources['ResultsBucket']}/outbox/{TEAM}/{PRESET}/\n"
         f"Try\n  {curl}"
     )
 

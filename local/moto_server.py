@@ -22,6 +22,7 @@ from moto.moto_server.werkzeug_app import (
 )
 from werkzeug.serving import make_server
 
+from local.s3_notices import add_sequencers
 from local.upload_forms import UploadForms
 
 StartResponse = Callable[..., Any]
@@ -65,6 +66,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     # The terminal's Ctrl-C reaches the parent, which ends this process when it is done with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    add_sequencers()
     server = make_server(
         "127.0.0.1",
         0,
@@ -78,6 +80,7 @@ def main() -> None:
     # The first call to CloudFormation would load half of moto; here that goes on while the parent reads the template.
     for service in ("cloudformation.parsing", "dynamodb.models", "s3.models", "secretsmanager.models"):
         importlib.import_module(f"moto.{service}")
+    importlib.import_module("local.moto_speed").make_fast()
     server.serve_forever()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from img2img.credits import Credits
 from img2img.gateway_keys import GatewayKeys
+from img2img.presets import PresetStore
 from img2img.teams import TeamStore
 from local.api_keys import ApiKeys
 from local.aws import STACK_NAME, Aws, provision
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".local" / "logs"
 API_KEY = "local-development-key"
 TEAM = "local"
+PRESET = "soft"
+_PRESET_FIELDS = {"prompt": "A soft watercolour painting", "strength": 0.4}
 _CREDITS = 1_000_000  # thousandths
 _STAND_IN_KEY = "simulated-segmind-key"
 # Sandboxes of a function that no event source limits.
@@ -38,10 +41,10 @@ _CONCURRENCY = 40
 class Stack:
     """The whole system on one machine.
 
-    `url` is where the API listens, `api_key` the key of its first team, which has a thousand credits, and `api_key_id`
-    that key's id; `segmind` is the stand-in (None with a key of Segmind's: then the real API is called), `resources`
-    the physical ids by logical id, `logs` the folder with a file for each function, `environment` what each function
-    runs with. With `schedules=False` the clock stands still.
+    `url` is where the API listens, `api_key` the key of its first team, which has a thousand credits and a preset, and
+    `api_key_id` that key's id; `segmind` is the stand-in (None with a key of Segmind's: then the real API is called),
+    `resources` the physical ids by logical id, `logs` the folder with a file for each function, `environment` what each
+    function runs with. With `schedules=False` the clock stands still.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class Stack:
         teams = TeamStore(dynamodb, table, clock=time.time)
         teams.create(TEAM)
         Credits(dynamodb, table, clock=time.time).add(TEAM, _CREDITS)
+        PresetStore(dynamodb, table, clock=time.time).save(TEAM, PRESET, _PRESET_FIELDS)
         keys = GatewayKeys(self.client("apigateway"), self.resources["UsagePlan"])
         with keys.new(TEAM, value=self.api_key) as key:
             teams.add_key(key.id, TEAM, label="development")

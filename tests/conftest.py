@@ -19,6 +19,7 @@ os.environ.update(
         "UPLOADS_BUCKET": "uploads",
         "RESULTS_BUCKET": "results",
         "SEGMIND_SECRET_ID": "segmind",
+        "UPLOADS_QUEUE_URL": "https://sqs.eu-west-1.amazonaws.com/123456789012/uploads",
         "JOBS_QUEUE_URL": "https://sqs.eu-west-1.amazonaws.com/123456789012/jobs",
     }
 )

@@ -27,6 +27,7 @@ from moto.moto_api._internal.models import MotoAPIBackend
 from img2img import bootstrap
 from img2img.audit import audit
 from img2img.credits import Account
+from local.s3_notices import add_sequencers
 from local.segmind import SegmindStandIn
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -173,15 +174,15 @@ class System:
         assert found.differences == ()
         return found.account
 
-    def messages(self) -> int:
-        """Return how many messages the queue holds, in flight or not."""
+    def messages(self, queue: str = "jobs") -> int:
+        """Return how many messages a queue holds, in flight or not."""
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
-        found = self.sqs.get_queue_attributes(QueueUrl=self.queue_url, AttributeNames=names)["Attributes"]
+        found = self.sqs.get_queue_attributes(QueueUrl=queue_url(queue), AttributeNames=names)["Attributes"]
         return sum(int(count) for count in found.values())
 
-    def receive(self) -> list[dict[str, Any]]:
+    def receive(self, queue: str = "jobs") -> list[dict[str, Any]]:
         """Receive what is visible, in the form of Lambda's records."""
-        found = self.sqs.receive_message(QueueUrl=self.queue_url, MaxNumberOfMessages=10).get("Messages", [])
+        found = self.sqs.receive_message(QueueUrl=queue_url(queue), MaxNumberOfMessages=10).get("Messages", [])
         return [
             {
                 "messageId": message["MessageId"],
@@ -190,7 +191,7 @@ class System:
                 "attributes": {},
                 "messageAttributes": {},
                 "eventSource": "aws:sqs",
-                "eventSourceARN": "arn:aws:sqs:eu-west-1:123456789012:jobs",
+                "eventSourceARN": f"arn:aws:sqs:eu-west-1:123456789012:{queue}",
                 "awsRegion": "eu-west-1",
             }
             for message in found
@@ -198,11 +199,22 @@ class System:
 
     def work(self, record: dict[str, Any]) -> bool:
         """Run the worker on one record, delete the message when it is done with, and return whether it was."""
-        answer = function("worker").handler({"Records": [record]}, Context(120))
+        return self._handle("worker", "jobs", record)
+
+    def ingest(self, record: dict[str, Any]) -> bool:
+        """Run the ingest function on one of S3's notices, as `work` does."""
+        return self._handle("ingest", "uploads", record)
+
+    def _handle(self, name: str, queue: str, record: dict[str, Any]) -> bool:
+        answer = function(name).handler({"Records": [record]}, Context(60))
         if answer["batchItemFailures"]:
             return False
-        self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=record["receiptHandle"])
+        self.sqs.delete_message(QueueUrl=queue_url(queue), ReceiptHandle=record["receiptHandle"])
         return True
+
+    def take_in(self) -> int:
+        """Hand every visible notice to the ingest function once; return how many are done with."""
+        return sum(self.ingest(record) for record in self.receive("uploads"))
 
     def deliver(self) -> int:
         """Hand every visible message to the worker once; return how many are done with."""
@@ -216,6 +228,11 @@ class System:
     def objects(self, bucket: str) -> list[str]:
         """Return the keys in a bucket."""
         return [item["Key"] for item in self.s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
+
+
+def queue_url(queue: str) -> str:
+    """Return the address of the queue `jobs` or `uploads`."""
+    return os.environ[f"{queue.upper()}_QUEUE_URL"]
 
 
 @cache
@@ -255,7 +272,20 @@ def _create_resources() -> None:
     )
     for bucket in ("uploads", "results"):
         boto3.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
-    boto3.client("sqs").create_queue(QueueName="jobs", Attributes={"VisibilityTimeout": "0"})
+    for queue in ("jobs", "uploads"):
+        boto3.client("sqs").create_queue(QueueName=queue, Attributes={"VisibilityTimeout": "0"})
+    arn = "arn:aws:sqs:eu-west-1:123456789012:uploads"
+    noticed = [
+        {
+            "QueueArn": arn,
+            "Events": ["s3:ObjectCreated:*"],
+            "Filter": {"Key": {"FilterRules": [{"Name": "prefix", "Value": prefix}]}},
+        }
+        for prefix in ("inbox/", "awaited/")
+    ]
+    boto3.client("s3").put_bucket_notification_configuration(
+        Bucket="uploads", NotificationConfiguration={"QueueConfigurations": noticed}
+    )
     boto3.client("secretsmanager").create_secret(Name="segmind", SecretString=SEGMIND_KEY)
 
 
@@ -263,6 +293,7 @@ def _create_resources() -> None:
 def _moto() -> MotoAPIBackend:
     """Put moto in place of AWS for this process: clients, the slow part, are made from one session."""
     mock_aws().start()
+    add_sequencers()
     return moto_api_backend
 
 

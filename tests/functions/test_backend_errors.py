@@ -16,7 +16,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
-from img2img.errors import job_error
+from img2img.errors import recorded_error
 from local.http_server import Handler, LoopbackServer
 from tests.system import SEGMIND_KEY, System
 
@@ -129,7 +129,7 @@ def test_how_a_job_ends_and_how_often_segmind_was_asked(system, behaviour):
     answer = waited_for(system)
     assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
     problem = answer.json
-    assert (problem["code"], problem["status"], problem["title"]) == (code, status, job_error(code, "").title)
+    assert (problem["code"], problem["status"], problem["title"]) == (code, status, recorded_error(code, "").title)
     assert detail in problem["detail"]
     assert answer.headers["location"] == f"https://api.example/v1/jobs/{problem['job_id']}"
     job = system.job(problem["job_id"])

@@ -129,7 +129,8 @@ OTHERS: Mapping[str, tuple[str, list[Any]]] = {
     "fit": ("one of cover, contain, stretch", ["fill", "COVER", "", 0, []]),
     "output_format": ("one of png, jpeg, webp", ["gif", "PNG", "", 1, {}]),
     "base64": ("true or false", ["yes", "", 1, 0, [], {}, 0.0]),
-    "prompt": ("a string of at most 10000 characters", ["x" * 10_001, 5, True, [], {}, None]),
+    "preset": ("the name of a preset: 1 to 64 letters", ["", "a b", "a/b", ".", "x" * 65, 5, True, ["x"], {}]),
+    "prompt": ("a string of at most 10000 characters", ["x" * 10_001, 5, True, [], {}]),
     "negative_prompt": ("a string of at most 10000 characters", ["x" * 10_001, 5, False, [], {}]),
     "metadata": (
         "an object of at most 16 strings",
@@ -145,7 +146,7 @@ OTHERS: Mapping[str, tuple[str, list[Any]]] = {
             7,
         ],
     ),
-    "image": ("an upload id, an https URL, a data URI or base64", [None, "", " ", 5, True, ["x"], {"url": "x"}]),
+    "image": ("an upload id, an https URL, a data URI or base64", ["", " ", 5, True, ["x"], {"url": "x"}]),
 }
 
 
@@ -199,8 +200,15 @@ def test_an_unknown_name_that_is_no_text_is_answered_with_bytes_that_are(system)
 
 @pytest.mark.parametrize("missing", ["image", "prompt"])
 def test_a_missing_field(system, missing):
-    body = {name: value for name, value in good().items() if name != missing}
-    assert_refused(system, lambda: create(system, body), 400, "invalid_request", missing, "is required")
+    without = {name: value for name, value in good().items() if name != missing}
+    for body in (without, good(**{missing: None})):
+        assert_refused(system, lambda body=body: create(system, body), 400, "invalid_request", missing, "is required")
+
+
+def test_an_unknown_preset(system):
+    assert_refused(
+        system, lambda: create(system, good(preset="oil")), 400, "invalid_request", "preset", "There is no preset oil"
+    )
 
 
 def test_everything_that_is_wrong_is_named_at_once(system):
@@ -596,7 +604,10 @@ def test_an_upload_of_another_content_type(system, content_type):
 
 QUERIES = [
     *[("limit", value, "an integer from 1 to 100") for value in ("0", "101", "-1", "ten", "", "1.5", "9" * 5000)],
-    *[("status", value, "must be one of queued, processing") for value in ("done", "", "QUEUED", "queued,failed")],
+    *[
+        ("status", value, "must be one of awaiting_upload, queued, processing")
+        for value in ("done", "", "QUEUED", "queued,failed")
+    ],
     *[("cursor", value, "the cursor of an earlier answer") for value in ("", "x", JOB_ID.lower(), JOB_ID + "0")],
     *[
         (name, value, "ISO 8601 time with its offset")

@@ -15,10 +15,11 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
+from img2img.create import Caller, Submission
 from img2img.errors import IdempotencyInFlight, InsufficientCredits
 from img2img.params import parse_request
-from img2img.submit import Caller, Submission, submit
-from tests.system import API_KEY_ID, Answer, Context, System, create_team
+from img2img.submit import submit
+from tests.system import API_KEY_ID, Answer, Context, System, create_team, function
 
 KEY = "order-17"
 CREATE = {"PutObject": 1, "TransactWriteItems": 1, "SendMessage": 1}
@@ -100,7 +101,7 @@ def assert_charged(system: System, images: int) -> None:
 
 def ask_elsewhere(system: System, key: str = KEY, **fields: Any) -> Submission:
     """Make the same request as another instance of the function does, without its own HTTP side."""
-    request = parse_request({"image": picture(), "prompt": "a castle on a hill", **fields})
+    request = parse_request({"image": picture(), "prompt": "a castle on a hill", **fields}, {}.__getitem__)
     caller = Caller("default", API_KEY_ID, "another-request")
     return submit(system.services, caller, request, idempotency_key=key, context=Context())
 
@@ -679,4 +680,122 @@ def test_the_calls_of_a_sweep(system, aws):
     system.clock.advance(61)
     assert calls_of(aws, system.sweep) == looks | {"UpdateItem": 1, "SendMessage": 1}
     system.clock.advance(1800)
+    assert calls_of(aws, system.sweep) == looks | {"TransactWriteItems": 1}
+
+
+def ingest(system: System, record: Any) -> None:
+    """Run the ingest function without what a queue does before and after."""
+    answer = function("ingest").handler({"Records": [record]}, Context(60))
+    assert answer == {"batchItemFailures": []}
+
+
+def dropped(system: System, **metadata: str) -> Any:
+    """Put a file into the inbox, and return the record of S3's notice."""
+    data = base64.b64decode(picture())
+    system.s3.put_object(Bucket="uploads", Key="inbox/default/art/a.png", Body=data, Metadata=metadata)
+    [*_, record] = system.receive("uploads")
+    return record
+
+
+@pytest.fixture
+def preset(system, aws) -> None:
+    """The team's preset, by a client that is not counted."""
+    system.services.presets.save("default", "art", {"prompt": "a watercolour"})
+
+
+# The team, the preset and what Powertools keeps.
+LOOKED_UP = {"GetItem": 2, "GetObject": 1, "PutItem": 1, "UpdateItem": 1}
+
+
+@pytest.mark.usefixtures("preset")
+def test_the_calls_of_a_file_in_the_inbox(system, aws):
+    record = dropped(system)
+    assert calls_of(aws, lambda: ingest(system, record)) == CREATE | LOOKED_UP
+    # The team, Powertools' record, the job.
+    assert calls_of(aws, lambda: ingest(system, record)) == {"GetItem": 2, "PutItem": 1}
+
+
+@pytest.mark.usefixtures("preset")
+def test_the_calls_of_a_file_that_cannot_be_run(system, aws):
+    record = dropped(system, strength="2")
+    # The put is that of the error in the outbox, the second update notes which version is shown there.
+    failed = {"PutObject": 1, "TransactWriteItems": 1, "UpdateItem": 2}
+    assert calls_of(aws, lambda: ingest(system, record)) == LOOKED_UP | failed
+
+
+@pytest.mark.usefixtures("preset")
+def test_the_calls_of_a_file_that_is_gone(system, aws):
+    record = dropped(system)
+    system.s3.delete_object(Bucket="uploads", Key="inbox/default/art/a.png")
+    gone = {"GetItem": 1, "PutItem": 1, "GetObject": 1, "DeleteItem": 1}
+    assert calls_of(aws, lambda: ingest(system, record)) == gone
+
+
+@pytest.mark.usefixtures("preset")
+def test_a_notice_that_names_nothing_makes_no_call(system, aws):
+    body = '{"Service": "Amazon S3", "Event": "s3:TestEvent"}'
+    record = {**dropped(system), "body": body}
+    assert calls_of(aws, lambda: ingest(system, record)) == {}
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.usefixtures("preset")
+def test_the_calls_of_a_run_that_is_published(system, aws, samples):
+    ask(system, None)
+    system.deliver()
+    ingest(system, dropped(system, samples=str(samples)))
+    [record] = system.receive()
+    # The claim, and the note of which version is shown.
+    run = {"UpdateItem": 2, "GetObject": 1, "PutObject": samples + 1, "TransactWriteItems": 1, "CopyObject": samples}
+    assert calls_of(aws, lambda: system.work(record)) == run
+    again = {"UpdateItem": 2, "PutObject": 1, "CopyObject": samples}
+    assert calls_of(aws, lambda: system.work(record)) == again
+
+
+@pytest.mark.usefixtures("preset")
+def test_the_calls_of_a_run_that_takes_the_place_of_an_earlier_version(system, aws):
+    for samples in ("4", "1"):
+        ingest(system, dropped(system, samples=samples))
+    first, second = system.receive()
+    assert calls_of(aws, lambda: system.work(first))["CopyObject"] == 4
+    replaced = {"CopyObject": 1, "DeleteObject": 3, "UpdateItem": 3}
+    run = {"GetObject": 1, "PutObject": 2, "TransactWriteItems": 1}
+    assert calls_of(aws, lambda: system.work(second)) == run | replaced
+    # It has been overtaken: nothing of it is shown any more.
+    assert calls_of(aws, lambda: system.work(first)) == {"UpdateItem": 2}
+
+
+@pytest.mark.usefixtures("preset")
+def test_the_calls_of_a_preset(system, aws):
+    assert calls_of(aws, lambda: ask(system, None, preset="art")) == CREATE | {"GetItem": 1}
+    assert calls_of(aws, lambda: system.api("POST", "/cost", {"preset": "art"})) == {"GetItem": 1}
+    assert calls_of(aws, lambda: system.api("GET", "/presets/art")) == {"GetItem": 1}
+    assert calls_of(aws, lambda: system.api("GET", "/presets")) == {"Query": 1}
+    assert calls_of(aws, lambda: system.api("PUT", "/presets/art", {})) == {"PutItem": 1}
+    assert calls_of(aws, lambda: system.api("PUT", "/presets/art", {"samples": 9})) == {}
+    assert calls_of(aws, lambda: system.api("DELETE", "/presets/art")) == {"DeleteItem": 1}
+
+
+def test_the_calls_of_upload_and_forget(system, aws):
+    job = {"job": {"prompt": "a castle"}}
+    key = {"Idempotency-Key": KEY}
+    assert calls_of(aws, lambda: system.api("POST", "/uploads", {})) == {}
+    assert calls_of(aws, lambda: system.api("POST", "/uploads", job)) == {"TransactWriteItems": 1}
+    announced = {"TransactWriteItems": 1, "PutItem": 1, "UpdateItem": 1}
+    assert calls_of(aws, lambda: system.api("POST", "/uploads", job, key)) == announced
+    form = system.api("POST", "/uploads", job, key).json
+    system.s3.put_object(Bucket="uploads", Key=form["fields"]["key"], Body=base64.b64decode(picture()))
+    [*_, record] = system.receive("uploads")
+    started = {"GetItem": 1, "GetObject": 1, "PutObject": 1, "UpdateItem": 1, "SendMessage": 1}
+    assert calls_of(aws, lambda: ingest(system, record)) == started
+    # Whether the first delivery sent it is not known.
+    assert calls_of(aws, lambda: ingest(system, record)) == {"GetItem": 1, "SendMessage": 1}
+    system.deliver()
+    assert calls_of(aws, lambda: ingest(system, record)) == {"GetItem": 1}
+
+
+def test_the_calls_of_a_sweep_that_finds_no_upload(system, aws):
+    system.api("POST", "/uploads", {"job": {"prompt": "a castle"}})
+    system.clock.advance(900 + 601)
+    looks = {"Query": 4 + 1, "BatchGetItem": 1}
     assert calls_of(aws, system.sweep) == looks | {"TransactWriteItems": 1}

@@ -25,11 +25,13 @@ import pytest
 from PIL import Image
 
 from local.http_server import Handler, LoopbackServer
-from tests.system import ROOT, SEGMIND_KEY, System, rest_event, running_system
+from tests.system import ROOT, SEGMIND_KEY, System, queue_url, rest_event, running_system
 
 PROMPT = "a quagga below a vermilion moon"
 NEGATIVE = "wobbegong, xylophone"
 METADATA = {"order": "thylacine-4711"}
+# A file of a customer's, in a folder of its own.
+NAME = "vermilion/quagga of thylacine.png"
 WORDS = ("quagga", "vermilion", "wobbegong", "xylophone", "thylacine")
 ROTATED_KEY = "SG_the_rotated_one"
 API_KEY = "the-api-key"
@@ -168,6 +170,59 @@ class Scenario:
         server.stop()
         use.settings, use.__dict__["backend"] = was, backend
 
+    def presets(self) -> None:
+        fields = {"prompt": PROMPT, "negative_prompt": NEGATIVE}
+        for _ in range(2):
+            self.api("PUT", "/presets/art", fields)
+        self.api("PUT", "/presets/art", {"prompt": [PROMPT], PROMPT: 1})
+        self.api("GET", "/presets/art")
+        self.api("GET", "/presets")
+        self.api("GET", "/presets/oil")
+        self.api("DELETE", "/presets/oil")
+        self.run(preset="art", prompt=None)
+        self.create(preset="quagga")
+        self.api("POST", "/cost", {"preset": "quagga"})
+
+    def drop(self, key: str, data: bytes | None = None, **metadata: str) -> None:
+        """Put a file into the uploads bucket, and hand every notice to the functions twice."""
+        body = picture() if data is None else data
+        self.system.s3.put_object(Bucket="uploads", Key=key, Body=body, Metadata=metadata)
+        for record in self.system.receive("uploads") * 2:
+            self.system.ingest(record)
+        self.system.deliver()
+
+    def inbox(self) -> None:
+        """Files of every kind: the good, the bad, and those of nobody."""
+        self.drop(f"inbox/default/art/{NAME}")
+        self.drop(f"inbox/default/art/{NAME}", strength="0.4", **{"negative-prompt": NEGATIVE, "order": PROMPT})
+        self.drop(f"inbox/default/art/{NAME}", PROMPT.encode())
+        self.drop(f"inbox/default/art/{NAME}", strength=PROMPT)
+        self.drop(f"inbox/default/{PROMPT}/{NAME}")
+        self.system.services.presets.save("poor", "art", {"prompt": PROMPT})
+        self.drop(f"inbox/poor/art/{NAME}")
+        self.drop(f"inbox/nobody/art/{NAME}")
+        self.drop(f"inbox/{NAME.replace('/', '-')}")
+        self.drop(f"awaited/default/{NAME}")
+        self.system.segmind.behave("400")
+        self.drop(f"inbox/default/art/{NAME}")
+        for body in (PROMPT, "{}", "null", json.dumps({"Records": [{"s3": {"object": {"key": NAME}}}]})):
+            self.system.sqs.send_message(QueueUrl=queue_url("uploads"), MessageBody=body)
+        self.system.take_in()
+
+    def upload_and_forget(self) -> None:
+        job = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "metadata": METADATA}
+        key = {"Idempotency-Key": "upload"}
+        for data in (picture(), PROMPT.encode()):
+            form = self.api("POST", "/uploads", {"job": job}, key if data == picture() else None).json
+            self.drop(form["fields"]["key"], data)
+        self.api("POST", "/uploads", {"job": job}, key)
+        self.api("POST", "/uploads", {"job": {**job, "seed": [PROMPT], PROMPT: 1}})
+        self.api("POST", "/uploads", {"job": {**job, "image": PROMPT}})
+        self.api("POST", "/uploads", {"job": PROMPT})
+        self.api("POST", "/uploads", {"job": job})
+        self.system.clock.advance(1600)
+        self.system.sweep()
+
     def sweeps(self) -> None:
         self.create()
         for record in self.system.receive():
@@ -197,6 +252,14 @@ class Scenario:
         for operation in ("UpdateItem", "GetObject", "PutObject", "TransactWriteItems", "GetSecretValue"):
             self.create()
             self.system.services.__dict__.pop("backend", None)
+            with broken(operation):
+                self.system.deliver()
+        for operation in ("GetItem", "PutItem", "GetObject", "PutObject", "TransactWriteItems", "SendMessage"):
+            with broken(operation):
+                self.drop(f"inbox/default/art/{operation} {NAME}")
+        for operation in ("CopyObject", "DeleteObject"):
+            self.system.s3.put_object(Bucket="uploads", Key=f"inbox/default/art/{operation} {NAME}", Body=picture())
+            self.system.take_in()
             with broken(operation):
                 self.system.deliver()
         with broken("Query"), contextlib.suppress(Exception):
@@ -238,6 +301,9 @@ def main() -> None:
         scenario.bad_days_of_segmind()
         scenario.an_echo_in_segminds_place()
         scenario.sweeps()
+        scenario.presets()
+        scenario.inbox()
+        scenario.upload_and_forget()
         scenario.odd_messages()
         scenario.bad_days_of_aws(broken)
         scenario.no_table()
@@ -350,6 +416,26 @@ def test_callers_that_are_refused_are_logged_with_the_reason(written):
     assert codes >= {"insufficient_credits", "key_disabled", "key_unknown"}
 
 
+def test_files_that_come_in_are_logged_with_their_job_and_team(written):
+    taken = written.of("taken in")
+    assert len(taken) > 10
+    assert {line["team"] for line in taken} == {"default", "poor"}
+    assert [line for line in taken if not line.get("job_id")] == []
+    assert {line["status"] for line in taken} >= {"queued", "failed"}
+    assert written.of("nothing to do")
+
+
+def test_files_of_nobody_are_errors(written):
+    nobodys = written.of("belongs to no team")
+    assert len(nobodys) >= 3
+    assert {line["level"] for line in nobodys} == {"ERROR"}
+
+
+def test_files_that_cannot_be_run_are_counted_by_their_code(written):
+    codes = {line["code"] for line in written.lines if "FailuresByCode" in line}
+    assert codes >= {"unsupported_image", "invalid_request", "preset_unknown", "insufficient_credits", "upload_missing"}
+
+
 def test_what_nothing_foresaw_is_logged_with_its_place_alone(written):
     unexpected = written.of("unexpected")
     assert {line["error"] for line in unexpected} >= {"RuntimeError", "ResourceNotFoundException"}
@@ -364,7 +450,7 @@ def test_keys_are_never_written(written):
         assert key not in written.stdout + written.stderr, key
 
 
-def test_prompts_and_metadata_are_never_written(written):
+def test_prompts_metadata_and_the_names_of_files_are_never_written(written):
     for word in WORDS:
         assert word not in written.stdout + written.stderr, word
 
@@ -387,6 +473,15 @@ def test_the_signatures_of_urls_are_never_written(written):
         elif isinstance(value, str) and "X-Amz-Signature" in value:
             yield value
 
+    forms = [
+        answer["fields"]
+        for answer in written.answers
+        if isinstance(answer, dict) and "policy" in answer.get("fields", {})
+    ]
+    assert len(forms) >= 4
+    for form in forms:
+        for secret in ("policy", "x-amz-signature"):
+            assert form[secret] not in written.stdout + written.stderr
     signatures = {parse_qs(urlsplit(url).query)["X-Amz-Signature"][0] for url in urls(written.answers)}
     assert len(signatures) >= 2
     for signature in signatures:

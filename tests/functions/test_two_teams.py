@@ -27,13 +27,14 @@ Route = tuple[str, str]
 OPEN_ROUTES = {("GET", "/health")}
 OWNER, OWNERS_KEY, OWNERS_OTHER_KEY = "aardvark", "key-of-aardvark", "key-of-bandicoot"
 STRANGER, STRANGERS_KEY = "quokka", "key-of-quokka"
+OWNERS_PRESET, STRANGERS_PRESET = "wallaby", "plain"
 IDEMPOTENCY = {"Idempotency-Key": "order-4711-of-the-zoo"}
 ASYNC = {"Prefer": "respond-async"}
 
 
 @cache
 def routes() -> frozenset[Route]:
-    """Return every route of the OpenAPI schema and of the code; their parameters are called `id` and `index`."""
+    """Return every route of the OpenAPI schema and of the code, with parameters called `id`, `index` and `name`."""
     operations = Template(translate(read_template())).operations()
     api = function("api").app
     # Powertools has no public list of them but a schema that leaves out what is not documented.
@@ -71,7 +72,11 @@ class Zoo:
         self.operator = Services(self.system.services.settings, clock=self.system.clock)
 
     def fill(self) -> None:
-        """Give the stranger a job, and the owner two keys, a balance, uploads and a job at every stage."""
+        """Give the stranger a job and a preset, the owner two keys, a balance, uploads, presets and a job at every
+        stage, of every way in.
+        """
+        # S3's test event.
+        assert self.system.take_in() == 1
         teams = self.operator.teams
         for team, key, label in ((STRANGER, STRANGERS_KEY, "web"), (OWNER, OWNERS_KEY, "numbat laptop")):
             teams.create(team)
@@ -91,6 +96,12 @@ class Zoo:
         self.owner("POST", f"/jobs/{self.jobs['canceled']}/cancel")
         self.system.services.jobs.claim(OWNER, self.jobs["processing"], lease_seconds=130)
         self.jobs["queued"] = self.job(OWNERS_KEY, body(OWNERS), IDEMPOTENCY, run=False)
+        private_fields = {"prompt": "a platypus", "negative_prompt": "no echidna", "strength": 0.4321}
+        assert self.owner("PUT", f"/presets/{OWNERS_PRESET}", private_fields).status == 201
+        assert self.stranger("PUT", f"/presets/{STRANGERS_PRESET}", {"prompt": "a boat"}).status == 201
+        awaiting = self.owner("POST", "/uploads", {"job": {"prompt": "a platypus"}})
+        self.jobs["awaiting_upload"] = awaiting.json["job"]["id"]
+        self.jobs["delivered inbox"] = self.drop()
         outputs = self.owner("GET", f"/jobs/{self.jobs['delivered']}").json["outputs"]
         self.secrets = {
             *self.jobs.values(),
@@ -98,7 +109,19 @@ class Zoo:
             *(output["sha256"] for output in outputs),
             str(self.owner("GET", "/balance").json["balance"]),
             *(OWNER, OWNERS_KEY, OWNERS_OTHER_KEY, IDEMPOTENCY["Idempotency-Key"]),
-            *("numbat", "bilby", "wombat", "dingo", "platypus", "echidna", "kowari", "quoll"),
+            *(
+                OWNERS_PRESET,
+                "0.4321",
+                "potoroo",
+                "numbat",
+                "bilby",
+                "wombat",
+                "dingo",
+                "platypus",
+                "echidna",
+                "kowari",
+                "quoll",
+            ),
         }
 
     def job(self, key: str, asked: dict[str, Any], headers: dict[str, str] | None = None, *, run: bool = True) -> str:
@@ -109,6 +132,16 @@ class Zoo:
             [record] = [r for r in self.system.receive() if created.json["id"] in r["body"]]
             assert self.system.work(record)
         return str(created.json["id"])
+
+    def drop(self) -> str:
+        """Put a file into the owner's inbox, and run its job."""
+        key = f"inbox/{OWNER}/{OWNERS_PRESET}/potoroo.png"
+        self.system.s3.put_object(Bucket="uploads", Key=key, Body=OWNERS)
+        assert self.system.take_in() == 1
+        newest = str(self.owner("GET", "/jobs", query={"limit": "1"}).json["jobs"][0]["id"])
+        [record] = [r for r in self.system.receive() if newest in r["body"]]
+        assert self.system.work(record)
+        return newest
 
     def owner(self, method: str, path: str, body: Any = None, headers: Any = None, query: Any = None) -> Answer:
         """Ask with the owner's key."""
@@ -137,8 +170,9 @@ class Zoo:
                 found = self.system.s3.get_object(Bucket=bucket, Key=key)
                 about = [found[name] for name in ("ContentType", "Metadata", "LastModified")]
                 kept[bucket, key] = (found["Body"].read(), *about)
-        for record in self.system.receive():
-            kept["message", record["messageId"]] = record["body"]
+        for queue in ("jobs", "uploads"):
+            for record in self.system.receive(queue):
+                kept["message", record["messageId"]] = record["body"]
         return kept
 
 
@@ -172,6 +206,13 @@ def find_no_job(method: str, path: str) -> Callable[[Zoo], None]:
     return attempt
 
 
+def assert_no_preset(zoo: Zoo, ask: Callable[[dict[str, Any]], Answer], field: str = "preset") -> None:
+    """Check that a request with the owner's preset is answered as one with a preset that never was."""
+    foreign, unknown = ask({"preset": OWNERS_PRESET}), ask({"preset": "never"})
+    assert (foreign.status, [error["field"] for error in foreign.json["errors"]]) == (400, [field])
+    assert foreign.content == unknown.content.replace(b"never", OWNERS_PRESET.encode())
+
+
 def create(zoo: Zoo) -> None:
     for upload in zoo.uploads:
         foreign = zoo.stranger("POST", "/sd1.5-img2img", body(upload), ASYNC)
@@ -183,6 +224,7 @@ def create(zoo: Zoo) -> None:
             assert zoo.stranger("POST", "/sd1.5-img2img", body(address), ASYNC).status == 400
     for job_id in zoo.jobs.values():
         assert zoo.stranger("POST", "/sd1.5-img2img", body(f"inputs/{OWNER}/{job_id}.png"), ASYNC).status == 400
+    assert_no_preset(zoo, lambda fields: zoo.stranger("POST", "/sd1.5-img2img", body(STRANGERS) | fields, ASYNC))
     # The same key is another key, with the owner's own payload as well.
     for image in (OWNERS, STRANGERS):
         headers = ASYNC | {"Idempotency-Key": f"{IDEMPOTENCY['Idempotency-Key']}{'' if image is OWNERS else '-2'}"}
@@ -203,8 +245,18 @@ def upload(zoo: Zoo) -> None:
     stored = zoo.stranger("POST", "/uploads", OWNERS, {"Content-Type": "image/png"})
     assert (stored.status, stored.json["id"] in zoo.uploads) == (201, False)
     for name, value in (("id", zoo.uploads[0]), ("team", OWNER), ("key", f"uploads/{OWNER}/{zoo.uploads[0]}")):
-        refused = zoo.stranger("POST", "/uploads", {name: value})
-        assert (refused.status, [error["field"] for error in refused.json["errors"]]) == (400, [name])
+        for sent in ({name: value}, {name: value, "job": {"prompt": "a boat"}}):
+            refused = zoo.stranger("POST", "/uploads", sent)
+            assert (refused.status, [error["field"] for error in refused.json["errors"]]) == (400, [name])
+    assert_no_preset(
+        zoo, lambda fields: zoo.stranger("POST", "/uploads", {"job": {"prompt": "a boat"} | fields}), "job.preset"
+    )
+    # The owner's idempotency key is the stranger's own.
+    announced = [zoo.stranger("POST", "/uploads", {"job": {"prompt": "a platypus"}}, IDEMPOTENCY) for _ in range(2)]
+    assert [answer.status for answer in announced] == [201, 201]
+    assert announced[0].json["job"]["id"] == announced[1].json["job"]["id"] not in zoo.jobs.values()
+    for answer in announced:
+        assert answer.json["fields"]["key"] == f"awaited/{STRANGER}/{answer.json['job']['id']}"
 
 
 def cost(zoo: Zoo) -> None:
@@ -214,6 +266,37 @@ def cost(zoo: Zoo) -> None:
         unknown = zoo.stranger("POST", "/cost", body(f"upl_{new_id(0)}"))
         assert (quoted.status, quoted.content) == (200, unknown.content)
     assert zoo.stranger("POST", "/cost", {"team": OWNER}).status == 400
+    assert_no_preset(zoo, lambda fields: zoo.stranger("POST", "/cost", fields))
+
+
+def list_presets(zoo: Zoo) -> None:
+    for query in (None, {"limit": "1"}, {"limit": "100"}):
+        found = zoo.stranger("GET", "/presets", query=query).json["presets"]
+        assert [(preset["name"], preset["fields"]) for preset in found] == [(STRANGERS_PRESET, {"prompt": "a boat"})]
+    assert zoo.stranger("GET", "/presets", query={"cursor": OWNERS_PRESET}).json == {"presets": [], "cursor": None}
+    assert zoo.stranger("GET", "/presets", query={"team": OWNER}).status == 400
+
+
+def read_preset(zoo: Zoo) -> None:
+    foreign, unknown = (zoo.stranger("GET", f"/presets/{name}") for name in (OWNERS_PRESET, "never"))
+    assert (foreign.status, foreign.json["code"]) == (404, "preset_unknown")
+    assert (foreign.status, foreign.headers) == (unknown.status, unknown.headers)
+    assert foreign.content == unknown.content.replace(b"never", OWNERS_PRESET.encode())
+    for address in (f"{OWNER}/{OWNERS_PRESET}", f"../{OWNER}", f"TEAM#{OWNER}#{OWNERS_PRESET}"):
+        assert zoo.stranger("GET", f"/presets/{address}").status == 404
+
+
+def save_preset(zoo: Zoo) -> None:
+    saved = zoo.stranger("PUT", f"/presets/{OWNERS_PRESET}", {"seed": 7})
+    assert (saved.status, saved.json["fields"]) == (201, {"seed": 7})
+    assert zoo.owner("GET", f"/presets/{OWNERS_PRESET}").json["fields"]["strength"] == 0.4321
+    assert zoo.stranger("PUT", "/presets/another", {"team": OWNER}).status == 400
+
+
+def delete_preset(zoo: Zoo) -> None:
+    foreign, unknown = (zoo.stranger("DELETE", f"/presets/{name}") for name in (OWNERS_PRESET, "never"))
+    assert (foreign.status, foreign.content, foreign.headers) == (204, unknown.content, unknown.headers)
+    assert zoo.owner("GET", f"/presets/{OWNERS_PRESET}").status == 200
 
 
 def balance(zoo: Zoo) -> None:
@@ -265,6 +348,10 @@ WALK: dict[Route, Callable[[Zoo], None]] = {
     ("POST", "/sd1.5-img2img"): create,
     ("POST", "/uploads"): upload,
     ("POST", "/cost"): cost,
+    ("GET", "/presets"): list_presets,
+    ("GET", "/presets/{name}"): read_preset,
+    ("PUT", "/presets/{name}"): save_preset,
+    ("DELETE", "/presets/{name}"): delete_preset,
     ("GET", "/balance"): balance,
     ("GET", "/usage"): usage,
     ("GET", "/jobs"): list_jobs,
@@ -305,11 +392,15 @@ def test_all_this_is_there_for_the_owner(zoo):
         return zoo.system.api(method, path, body, headers, query, key_id=OWNERS_OTHER_KEY)
 
     for stage, job_id in zoo.jobs.items():
-        assert ask("GET", f"/jobs/{job_id}").json["status"] == stage.replace("delivered", "succeeded")
+        assert ask("GET", f"/jobs/{job_id}").json["status"] == stage.split()[0].replace("delivered", "succeeded")
     assert [job["id"] for job in ask("GET", "/jobs").json["jobs"]] == [*zoo.jobs.values()][::-1]
     for index in "01":
         assert ask("GET", f"/jobs/{zoo.jobs['delivered']}/outputs/{index}").status == 302
-    assert ask("GET", "/usage").json["total"]["jobs"] == 3
+    assert ask("GET", "/usage").json["total"]["jobs"] == 4
+    assert [preset["name"] for preset in ask("GET", "/presets").json["presets"]] == [OWNERS_PRESET]
+    assert ask("GET", f"/presets/{OWNERS_PRESET}").json["fields"]["strength"] == 0.4321
+    assert ask("POST", "/cost", {"preset": OWNERS_PRESET}).json["input"]["strength"] == 0.4321
+    assert ask("POST", "/sd1.5-img2img", body(OWNERS, preset=OWNERS_PRESET), ASYNC).status == 202
     assert ask("POST", "/sd1.5-img2img", body(zoo.uploads[0]), ASYNC).status == 202
     again = ask("POST", "/sd1.5-img2img", body(OWNERS), ASYNC | IDEMPOTENCY)
     assert (again.status, again.json["id"]) == (202, zoo.jobs["queued"])
@@ -325,6 +416,21 @@ def test_a_key_used_by_the_stranger_first_is_the_owners_still(zoo):
     assert ours.status == 202
     assert ours.json["id"] != theirs
     assert zoo.owner("POST", "/sd1.5-img2img", body(OWNERS), ASYNC | key).json["id"] == ours.json["id"]
+
+
+def test_a_file_in_the_owners_inbox_is_the_owners(zoo):
+    """Whoever may write to the bucket: its key says whose it is, and a stranger's preset of the name does not count."""
+    before = zoo.kept()
+    zoo.stranger("PUT", f"/presets/{OWNERS_PRESET}", {"prompt": "a boat"})
+    job_id = zoo.drop()
+    assert zoo.owner("GET", f"/jobs/{job_id}").json["input"]["prompt"] == "a platypus"
+    zoo.secrets.add(job_id)
+    list_jobs(zoo)
+    balance(zoo)
+    theirs = {where: what for where, what in zoo.kept().items() if is_strangers(where, what)}
+    assert [where for where in theirs if where not in before] == [
+        ("jobs", f"TEAM#{STRANGER}", f"PRESET#{OWNERS_PRESET}")
+    ]
 
 
 # Keys that open nothing
@@ -360,9 +466,9 @@ def test_every_route_refuses_a_key_that_opens_nothing(zoo, key):
         if path == "/sd1.5-img2img":
             sent += [(body(OWNERS), ASYNC), (body(zoo.uploads[0]), ASYNC | IDEMPOTENCY)]
         if path == "/uploads":
-            sent.append((OWNERS, {"Content-Type": "image/png"}))
+            sent += [(OWNERS, {"Content-Type": "image/png"}), ({"job": {"prompt": "a boat"}}, IDEMPOTENCY)]
         for sent_body, headers in sent:
-            where = path.format(id=zoo.jobs["delivered"], index=0)
+            where = path.format(id=zoo.jobs["delivered"], index=0, name=OWNERS_PRESET)
             answer = zoo.system.api(method, where, sent_body, headers, key_id=key_id)
             assert (answer.status, answer.headers["content-type"]) == (403, "application/problem+json"), (method, path)
             problem = answer.json

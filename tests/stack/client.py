@@ -52,12 +52,21 @@ class Client:
     def get(self, path: str, **options: Any) -> requests.Response:
         return self.session.get(f"{self.url}{path}", timeout=40, **options)
 
+    def jobs(self) -> list[dict[str, Any]]:
+        """Return all jobs of the team, newest first."""
+        page = self.get("/jobs", params={"limit": 100}).json()
+        found: list[dict[str, Any]] = page["jobs"]
+        while page["cursor"]:
+            page = self.get("/jobs", params={"limit": 100, "cursor": page["cursor"]}).json()
+            found += page["jobs"]
+        return found
+
     def ended(self, job_id: str, seconds: float = 30) -> dict[str, Any]:
         """Poll a job until it has ended."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             job: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
-            if job["status"] not in ("queued", "processing"):
+            if job["status"] not in ("awaiting_upload", "queued", "processing"):
                 return job
             time.sleep(0.05)
         raise AssertionError(f"the job has not ended: {job}")

@@ -93,7 +93,7 @@ def test_a_preflight_needs_no_key_and_allows_what_clients_send(stack):
     answer = requests.options(f"{stack.url}/sd1.5-img2img", timeout=10)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "*"
-    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert {"GET", "POST", "PUT", "DELETE"} <= set(answer.headers["access-control-allow-methods"].split(","))
     assert {"x-api-key", "prefer", "idempotency-key"} <= set(
         answer.headers["access-control-allow-headers"].lower().split(",")
     )
@@ -673,6 +673,37 @@ def test_the_data_resources_are_the_templates(stack):
     assert environment["SEGMIND_BASE_URL"] == stack.segmind.url
 
 
+def test_a_transaction_that_fails_leaves_everything_as_it_was(stack):
+    dynamodb, table = stack.client("dynamodb"), stack.resources["JobsTable"]
+
+    def key(name: str) -> dict:
+        return {"pk": {"S": "TRANSACTION"}, "sk": {"S": name}}
+
+    def held() -> list[dict]:
+        return dynamodb.query(
+            TableName=table, KeyConditionExpression="pk = :pk", ExpressionAttributeValues={":pk": key("")["pk"]}
+        )["Items"]
+
+    before = [key("changed") | {"n": {"N": "1"}, "m": {"M": {"a": {"S": "b"}}}}, key("deleted")]
+    for item in before:
+        dynamodb.put_item(TableName=table, Item=item)
+    raised = {
+        "UpdateExpression": "SET n = n + :one, m.a = :one",
+        "ExpressionAttributeValues": {":one": {"N": "1"}},
+    }
+    writes = [
+        {"Update": {"TableName": table, "Key": key("changed"), **raised}},
+        {"Delete": {"TableName": table, "Key": key("deleted")}},
+        {"Put": {"TableName": table, "Item": key("new")}},
+    ]
+    refused = {"TableName": table, "Key": key("none"), "ConditionExpression": "attribute_exists(pk)"}
+    with pytest.raises(dynamodb.exceptions.TransactionCanceledException):
+        dynamodb.transact_write_items(TransactItems=[*writes, {"ConditionCheck": refused}])
+    assert held() == before
+    dynamodb.transact_write_items(TransactItems=writes)
+    assert held() == [key("changed") | {"n": {"N": "2"}, "m": {"M": {"a": {"N": "1"}}}}, key("new")]
+
+
 def test_an_operator_finds_what_the_template_names(stack, admin):
     assert admin.teams.get("local").account.added == 1_000_000
     described = stack.client("cloudformation").describe_stacks(StackName="local")["Stacks"][0]
@@ -789,6 +820,26 @@ def test_run_says_what_to_paste_and_ends_without_a_trace(tmp_path):
         )
         assert re.search(r"^local\b.*\b999\b", listed.stdout, re.MULTILINE)  # it has paid for one picture
 
+        # So does what it says to copy, for any tool of AWS's that leaves it to the environment where AWS is.
+        source, sample, inbox, prefix = re.search(
+            r"^Inbox +(.+); aws s3 cp (\S+) s3://([^/]+)/(\S+/)$", running.said, re.MULTILINE
+        ).groups()
+        outbox, results = re.search(r"^Outbox +aws s3 ls s3://([^/]+)/(\S+/)$", running.said, re.MULTILINE).groups()
+        name = Path(sample).name
+        copy = (
+            "import boto3, sys; s3 = boto3.client('s3'); s3.upload_file(*sys.argv[1:4]); "
+            "s3.get_waiter('object_exists').wait("
+            "Bucket=sys.argv[4], Key=sys.argv[5], WaiterConfig={'Delay': 1, 'MaxAttempts': 30})"
+        )
+        places = (sample, inbox, f"{prefix}{name}", outbox, f"{results}{name}.json")
+        subprocess.run(
+            ["sh", "-c", f'{source}; exec "$0" "$@"', sys.executable, "-c", copy, *places],
+            cwd=ROOT,
+            env=os.environ | {"AWS_PROFILE": "production"},
+            timeout=60,
+            check=True,
+        )
+
         second = subprocess.run(
             [sys.executable, "-m", "local", "run", "--port", str(running.port)],
             cwd=ROOT,
@@ -801,7 +852,7 @@ def test_run_says_what_to_paste_and_ends_without_a_trace(tmp_path):
         assert second.stderr == f"error: port {running.port} is in use; choose another with --port\n"
 
         children = descendants(running.process.pid)
-        assert len(children) >= 4  # moto and three functions
+        assert len(children) >= 5  # moto and four functions
         os.killpg(running.process.pid, signal.SIGINT)  # as the terminal does
         running.process.send_signal(signal.SIGINT)  # and somebody impatient
         out, err = running.process.communicate(timeout=20)

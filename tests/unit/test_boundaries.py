@@ -18,8 +18,21 @@ PACKAGE = ROOT / "layers/core/python/img2img"
 ROWS = [
     {"__main__", "cli"},
     {"bootstrap"},
-    {"submit", "run", "uploads", "sweep", "present", "audit"},
-    {"store", "credits", "teams", "usage", "dynamo", "listing", "storage", "queues", "gateway_keys"}
+    {"create", "submit", "ingest", "run", "uploads", "sweep", "outbox", "present", "audit"},
+    {
+        "store",
+        "presets",
+        "published",
+        "inbox",
+        "credits",
+        "teams",
+        "usage",
+        "dynamo",
+        "listing",
+        "storage",
+        "queues",
+        "gateway_keys",
+    }
     | {"fetch", "backends", "images", "jobs"},
     {"params", "prices", "errors", "ids", "settings", "observe"},
 ]
@@ -81,14 +94,14 @@ def module(request):
 
 def test_there_is_something_to_check():
     assert {"bootstrap", "settings", "submit", "run", "backends.segmind"} <= set(MODULES)
-    assert set(HANDLERS) == {"api", "worker", "sweep"}
+    assert set(HANDLERS) == {"api", "worker", "ingest", "sweep"}
 
 
 def test_only_handlers_see_events(module):
     taken = arguments(MODULES[module])
     assert not {"event", "record"} & taken
-    # Powertools' idempotency asks the context for the time that is left; submit.py passes it on.
-    assert "context" not in taken or module == "submit"
+    # Powertools' idempotency asks the context for the time that is left; the ways in pass it on.
+    assert "context" not in taken or module in ("create", "submit", "ingest", "uploads")
     parts = {"event_handler", "data_classes", "batch", "typing"}
     powertools = [full for full in imports(MODULES[module]) if full.startswith("aws_lambda_powertools")]
     assert not [full for full in powertools if parts & set(full.split("."))]

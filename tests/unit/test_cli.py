@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import logging
@@ -238,7 +239,21 @@ def test_a_wrong_label_makes_no_key_at_the_gateway(run, gateway):
 @pytest.mark.parametrize("operation", ["CreateApiKey", "CreateUsagePlanKey", "TransactWriteItems"])
 def test_a_key_that_could_not_be_finished_opens_nothing(run, gateway, before_calls, operation):
     before_calls(operation, no_answer)
-    assert_refused(run("key", "create", "default", "--label", "web"), "aws.example")
+    ran = run("key", "create", "default", "--label", "web")
+    assert ran.status == 1
+    assert "aws.example" in ran.err
+    assert gateway.get_api_keys()["items"] == []
+    assert key_ids(run, "default") == [API_KEY_ID]
+
+
+def test_a_key_whose_value_nobody_could_read_is_gone(run, gateway, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        assert cli.main(["key", "create", "default", "--label", "web"]) == 1
     assert gateway.get_api_keys()["items"] == []
     assert key_ids(run, "default") == [API_KEY_ID]
 

@@ -12,9 +12,23 @@ from img2img.errors import (
     InternalError,
     JobError,
     OutputBlocked,
-    job_error,
+    ServiceError,
+    UnsupportedImage,
+    recorded_error,
 )
-from img2img.jobs import NEXT, Job, Output, OutputStatus, Status, ended, given_up, missing, verdict, with_outputs
+from img2img.jobs import (
+    NEXT,
+    Job,
+    Output,
+    OutputStatus,
+    Status,
+    concluded,
+    ended,
+    given_up,
+    missing,
+    verdict,
+    with_outputs,
+)
 from img2img.params import Img2ImgParams
 from img2img.prices import Receipt
 
@@ -48,6 +62,7 @@ OK, BLOCKED = OutputStatus.SUCCEEDED, OutputStatus.BLOCKED
 
 def test_the_statuses_that_a_job_may_take():
     assert {
+        Status.AWAITING_UPLOAD: {Status.QUEUED, Status.FAILED, Status.CANCELED},
         # Succeeded: the deadline passed while some samples waited, and others had been delivered.
         Status.QUEUED: {Status.PROCESSING, Status.SUCCEEDED, Status.FAILED, Status.CANCELED},
         Status.PROCESSING: {Status.QUEUED, Status.SUCCEEDED, Status.FAILED, Status.CANCELED},
@@ -176,19 +191,45 @@ def test_a_failed_job_knows_its_error():
     assert (found.detail, found.status) == ("too late", 504)
 
 
-def all_job_errors(root: type[JobError] = JobError) -> list[type[JobError]]:
-    return [child for direct in root.__subclasses__() for child in (direct, *all_job_errors(direct))]
+def below(root: type[ServiceError]) -> list[type[ServiceError]]:
+    return [child for direct in root.__subclasses__() for child in (direct, *below(direct))]
 
 
-@pytest.mark.parametrize("error", [e for e in all_job_errors() if "code" in e.__dict__], ids=lambda e: e.__name__)
-def test_every_error_of_a_job_is_found_again_by_its_code(error):
-    assert type(job_error(error.code, "detail")) is error
+@pytest.mark.parametrize("error", [e for e in below(ServiceError) if "code" in e.__dict__], ids=lambda e: e.__name__)
+def test_every_error_is_found_again_by_its_code(error):
+    found = recorded_error(error.code, "detail")
+    assert (type(found), found.detail) == (error, "detail")
+
+
+@pytest.mark.parametrize("error", [e for e in below(JobError) if "code" in e.__dict__], ids=lambda e: e.__name__)
+def test_an_error_of_running_is_the_servers(error):
     assert error.status in (500, 502, 503, 504)
 
 
 def test_an_error_that_no_version_knows_is_internal():
-    assert type(job_error("of_a_later_version", "detail")) is InternalError
-    assert type(job_error("not_found", "no job error")) is InternalError
+    assert type(recorded_error("of_a_later_version", "detail")) is InternalError
+    assert type(recorded_error("", "detail")) is InternalError
+
+
+def test_a_job_of_no_use_fails_of_what_its_file_was():
+    found = verdict(given_up(job(status=Status.AWAITING_UPLOAD), UnsupportedImage("no image")))
+    assert (type(found), found.detail) == (UnsupportedImage, "no image")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "status", "charged"),
+    [
+        ((output(0, OK), refused(1, BackendFailed)), Status.SUCCEEDED, 1000),
+        ((output(0, BLOCKED), refused(1, BackendFailed)), Status.FAILED, 0),
+    ],
+)
+def test_a_job_whose_samples_have_all_ended_is_over(outputs, status, charged):
+    params = Img2ImgParams(prompt="a castle", seed=7, samples=2)
+    running = job(params=params, outputs=outputs, credits=Receipt(reserved=2000, price_version="1:1000"), lease="x")
+    over = concluded(running, at_ms=1_700_000_005_000)
+    assert (over.status, over.completed_ms, over.lease, over.due_at) == (status, 1_700_000_005_000, None, None)
+    assert (over.credits.charged, over.credits.released) == (charged, 2000 - charged)
+    assert over.error_code == ("" if status is Status.SUCCEEDED else "backend_failed")
 
 
 @pytest.mark.parametrize(
@@ -209,4 +250,4 @@ def test_an_error_that_no_version_knows_is_internal():
     ],
 )
 def test_only_what_cannot_have_been_billed_is_retryable(error, again):
-    assert job_error(error, "").retryable is again
+    assert recorded_error(error, "").retryable is again

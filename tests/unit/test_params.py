@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from img2img.errors import InvalidRequest
+from img2img.errors import InvalidRequest, PresetUnknown
 from img2img.params import (
     FIELDS,
     FITS,
@@ -20,13 +20,14 @@ from img2img.params import (
     MAX_PROMPT,
     MAX_SEED,
     OUTPUT_FORMATS,
+    PARAMETERS,
     SCHEDULERS,
     ImageUrl,
     Img2ImgParams,
     Img2ImgRequest,
     InlineImage,
     UploadId,
-    parse_params,
+    parse_preset,
     parse_request,
 )
 
@@ -36,8 +37,28 @@ LEAST = {"image": PICTURE, "prompt": "a lighthouse"}
 NUMBERS = ("samples", "num_inference_steps", "guidance_scale", "strength", "seed", "img_width", "img_height")
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "watercolour": {"prompt": "a watercolour", "strength": 0.4, "samples": 2, "seed": -1},
+    "empty": {},
+}
+
+
+def presets(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise PresetUnknown(f"There is no preset {name}")
+    return PRESETS[name]
+
+
+def read(body: Any) -> Img2ImgRequest:
+    return parse_request(body, presets)
+
+
+def read_params(body: Any) -> Img2ImgParams:
+    return parse_request(body, presets, required=()).params
+
+
 def parsed(**body: Any) -> Img2ImgRequest:
-    return parse_request({**LEAST, **body})
+    return read({**LEAST, **body})
 
 
 def wrong(**body: Any) -> dict[str, str]:
@@ -47,9 +68,13 @@ def wrong(**body: Any) -> dict[str, str]:
 
 
 def test_defaults_are_segminds() -> None:
-    request = parse_request(LEAST)
+    request = read(LEAST)
     assert request == Img2ImgRequest(
-        params=Img2ImgParams(prompt="a lighthouse"), image=InlineImage(b"some picture"), base64=False, metadata={}
+        params=Img2ImgParams(prompt="a lighthouse"),
+        image=InlineImage(b"some picture"),
+        base64=False,
+        metadata={},
+        own={"prompt": "a lighthouse"},
     )
     assert request.params.as_dict() == {
         "prompt": "a lighthouse",
@@ -82,7 +107,7 @@ def test_documented_example_is_read() -> None:
         "samples": 1,
         "base64": False,
     }
-    params = parse_request(body).params.as_dict()
+    params = read(body).params.as_dict()
     assert {name: params[name] for name in body if name in params} == {
         name: value for name, value in body.items() if name not in ("image", "base64")
     }
@@ -171,7 +196,6 @@ def test_there_are_segminds_twelve_schedulers() -> None:
         *((field, "1e999") for field in NUMBERS),
         ("prompt", ""),
         ("prompt", " \n\t "),
-        ("prompt", None),
         ("prompt", 5),
         ("prompt", ["x"]),
         ("prompt", "x" * (MAX_PROMPT + 1)),
@@ -243,8 +267,8 @@ def test_booleans_are_read_from_strings(value: Any, expected: bool) -> None:
 
 def test_null_means_not_set_except_where_a_value_is_required() -> None:
     nulls = {name: None for name in FIELDS if name not in LEAST}
-    assert parsed(**nulls) == parse_request(LEAST)
-    assert set(wrong(image=None, prompt=None)) == {"image", "prompt"}
+    assert parsed(**nulls) == read(LEAST)
+    assert wrong(image=None, prompt=None) == {"image": "is required", "prompt": "is required"}
 
 
 def test_metadata_is_kept() -> None:
@@ -325,20 +349,20 @@ def test_error_never_repeats_the_image() -> None:
 @pytest.mark.parametrize("body", [None, [], "x", 5, True, [LEAST]])
 def test_body_must_be_an_object(body: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse_request(body)
+        read(body)
     assert [error.field for error in caught.value.errors] == ["body"]
 
 
 def test_required_fields_are_named() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse_request({})
+        read({})
     assert {error.field: error.detail for error in caught.value.errors} == {
         "image": "is required",
         "prompt": "is required",
     }
 
 
-@pytest.mark.parametrize("name", ["Prompt", "steps", "preset", "", "prompt ", "__class__", "é", "seed\0"])
+@pytest.mark.parametrize("name", ["Prompt", "steps", "Preset", "", "prompt ", "__class__", "é", "seed\0"])
 def test_unknown_field_is_named_with_the_known_ones(name: str) -> None:
     errors = wrong(**{name: 1})
     assert list(errors) == [name]
@@ -374,10 +398,11 @@ def test_all_errors_are_reported_together() -> None:
         "output_format": "x",
         "base64": "x",
         "metadata": "x",
+        "preset": "x/y",
         "nonsense": 1,
     }
     with pytest.raises(InvalidRequest) as caught:
-        parse_request(body)
+        read(body)
     assert {error.field for error in caught.value.errors} == {*body, "image"}
     assert all(f"{error.field}: {error.detail}" in caught.value.detail for error in caught.value.errors)
 
@@ -410,14 +435,14 @@ def test_any_value_is_read_or_its_field_is_named(field: str, value: Any) -> None
         assert len(request.fingerprint) == 64
         # What is stored with the job and sent to the backend has to be JSON.
         json.dumps([request.params.as_dict(), dict(request.metadata)], allow_nan=False).encode()
-        assert parse_request({**request.params.as_dict(), "image": PICTURE}).params == request.params
+        assert read({**request.params.as_dict(), "image": PICTURE}).params == request.params
 
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), json_values, max_size=6))
 def test_any_body_is_read_or_invalid(body: dict[str, Any]) -> None:
     try:
-        parse_request(body)
+        read(body)
     except InvalidRequest as error:
         assert error.errors  # noqa: PT017
         assert {item.field for item in error.errors} <= {*body, "image", "prompt"}  # noqa: PT017
@@ -427,27 +452,27 @@ def test_any_body_is_read_or_invalid(body: dict[str, Any]) -> None:
 
 
 def test_parameters_alone_need_no_field() -> None:
-    assert parse_params({}) == Img2ImgParams(prompt="")
-    assert parse_params({"samples": "3", "img_width": 768}) == Img2ImgParams(prompt="", samples=3, img_width=768)
-    assert parse_params(dict.fromkeys(FIELDS)) == Img2ImgParams(prompt="")
+    assert read_params({}) == Img2ImgParams(prompt="")
+    assert read_params({"samples": "3", "img_width": 768}) == Img2ImgParams(prompt="", samples=3, img_width=768)
+    assert read_params(dict.fromkeys(FIELDS)) == Img2ImgParams(prompt="")
 
 
 def test_parameters_alone_are_those_of_the_request() -> None:
     body = {**LEAST, "samples": 2, "num_inference_steps": "50", "seed": 7, "base64": True, "metadata": {"a": "b"}}
-    assert parse_params(body) == parse_request(body).params
+    assert read_params(body) == read(body).params
 
 
 @pytest.mark.parametrize("body", [None, [], "x", 5, True, [LEAST]])
 def test_the_body_of_parameters_alone_must_be_an_object(body: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse_params(body)
+        read_params(body)
     assert [error.field for error in caught.value.errors] == ["body"]
 
 
 def test_parameters_alone_are_checked_together() -> None:
     body = {"prompt": " ", "image": "not base64!", "samples": 5, "metadata": "x", "nonsense": 1}
     with pytest.raises(InvalidRequest) as caught:
-        parse_params(body)
+        read_params(body)
     assert {error.field: error.detail for error in caught.value.errors} == wrong(**body)
 
 
@@ -465,9 +490,84 @@ def test_parameters_alone_are_checked_as_in_a_request(field: str, value: Any) ->
         return []
 
     if field in LEAST and value is None:
-        assert said(parse_params, {field: value}) == []
+        assert said(read_params, {field: value}) == []
     else:
-        assert said(parse_params, {field: value}) == said(parse_request, {**LEAST, field: value})
+        assert said(read_params, {field: value}) == said(read, {**LEAST, field: value})
+
+
+# --- presets ---
+
+
+def test_a_preset_gives_the_defaults() -> None:
+    params = read({"image": PICTURE, "preset": "watercolour"}).params
+    assert params == Img2ImgParams(prompt="a watercolour", strength=0.4, samples=2)
+    assert read_params({"preset": "watercolour"}) == params
+    assert parsed(preset="empty").params == read(LEAST).params
+
+
+def test_the_requests_own_fields_override_the_preset() -> None:
+    request = parsed(preset="watercolour", strength="0.9", seed=7)
+    assert request.params == Img2ImgParams(prompt="a lighthouse", strength=0.9, samples=2, seed=7)
+    assert request.preset == "watercolour"
+    # To Segmind's clients null is no value of their own.
+    assert parsed(preset="watercolour", samples=None).params.samples == 2
+
+
+def test_a_preset_without_a_prompt_leaves_it_required() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read({"image": PICTURE, "preset": "empty"})
+    assert [(error.field, error.detail) for error in caught.value.errors] == [("prompt", "is required")]
+
+
+def test_an_unknown_preset_is_named_with_all_else_that_is_wrong() -> None:
+    assert wrong(preset="oil", samples=9) == {
+        "preset": "There is no preset oil",
+        "samples": "must be an integer from 1 to 4",
+    }
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "_a", "a b", "\u00e4", "x" * 65, "a\n", 5, [], {}, True])
+def test_what_is_no_name_of_a_preset(name: Any) -> None:
+    assert wrong(preset=name) == {
+        "preset": "must be the name of a preset: 1 to 64 letters, digits, dots, - and _",
+    }
+
+
+def test_a_preset_is_checked_like_a_request() -> None:
+    fields = {"prompt": "a boat", "samples": "3", "strength": None, "img_width": 768.0, "output_format": "webp"}
+    assert parse_preset(fields) == {"prompt": "a boat", "samples": 3, "img_width": 768, "output_format": "webp"}
+    assert parse_preset({}) == parse_preset(dict.fromkeys(PARAMETERS)) == {}
+    for field, value in {"samples": 5, "prompt": " ", "scheduler": "x", "strength": "0"}.items():
+        with pytest.raises(InvalidRequest) as caught:
+            parse_preset({field: value})
+        assert {error.field: error.detail for error in caught.value.errors} == wrong(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["image", "base64", "metadata", "preset", "nonsense"])
+def test_a_preset_holds_parameters_only(field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_preset({field: "x", "samples": 0})
+    assert [error.field for error in caught.value.errors] == [field, "samples"]
+    assert all(name in caught.value.errors[0].detail for name in PARAMETERS)
+
+
+@pytest.mark.parametrize("body", [None, [], "x", 5, True, [{}]])
+def test_a_preset_must_be_an_object(body: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_preset(body)
+    assert [error.field for error in caught.value.errors] == ["body"]
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.dictionaries(st.sampled_from(PARAMETERS), json_values, max_size=4))
+def test_what_a_preset_keeps_is_read_again_as_the_same(body: dict[str, Any]) -> None:
+    try:
+        fields = parse_preset(body)
+    except InvalidRequest:
+        return
+    kept = json.loads(json.dumps(fields, allow_nan=False))
+    assert parse_preset(kept) == fields
+    assert parse_request({"preset": "p"}, lambda _: kept, required=()).params == read_params(body)
 
 
 # --- fingerprints ---
@@ -477,8 +577,8 @@ def test_fingerprint_is_of_what_was_meant_not_of_its_spelling() -> None:
     one = parsed(samples="2", guidance_scale="7.50", seed=5.0, strength=1, negative_prompt=None)
     other = parsed(samples=2, guidance_scale=7.5, seed=5, strength=1.0, negative_prompt="")
     assert one.fingerprint == other.fingerprint
-    assert parsed(image=f"data:image/png;base64,{PICTURE}").fingerprint == parse_request(LEAST).fingerprint
-    assert parse_request(dict(reversed(LEAST.items()))).fingerprint == parse_request(LEAST).fingerprint
+    assert parsed(image=f"data:image/png;base64,{PICTURE}").fingerprint == read(LEAST).fingerprint
+    assert read(dict(reversed(LEAST.items()))).fingerprint == read(LEAST).fingerprint
     assert (
         parsed(metadata={"a": "1", "b": "2"}).fingerprint == parsed(metadata={"b": "2", "a": "1"}).fingerprint
     )  # fmt: skip
@@ -515,6 +615,37 @@ def test_fingerprint_tells_every_difference() -> None:
         )
     ]
     assert len(set(others)) == len(others)
+
+
+def test_the_fingerprint_of_a_request_with_a_preset_outlives_a_change_of_the_preset() -> None:
+    body = {"image": PICTURE, "preset": "p", "seed": "-1", "samples": None}
+    first = parse_request(body, lambda _: {"prompt": "a boat", "strength": 0.4})
+    changed = parse_request({**body, "seed": -1}, lambda _: {"prompt": "an ark", "samples": 2})
+    assert first.params != changed.params
+    assert first.fingerprint == changed.fingerprint
+
+
+def test_the_fingerprint_of_a_request_with_a_preset_tells_every_difference() -> None:
+    others = [
+        parsed(**change).fingerprint
+        for change in (
+            {},
+            {"preset": "empty"},
+            {"preset": "watercolour"},
+            # The value that the preset has: asked for, it stays when the preset changes.
+            {"preset": "watercolour", "strength": 0.4},
+            {"preset": "watercolour", "prompt": "a lighthouse "},
+            {"preset": "watercolour", "samples": 2, "metadata": {"a": "b"}},
+            {"preset": "watercolour", "image": UPLOAD},
+        )
+    ]
+    assert len(set(others)) == len(others)
+
+
+def test_a_request_without_an_image_is_not_one_with_it() -> None:
+    without = parse_request({"prompt": "a lighthouse"}, presets, required=("prompt",))
+    assert without.image is None
+    assert without.fingerprint != read(LEAST).fingerprint
 
 
 # --- seeds ---

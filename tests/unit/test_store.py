@@ -17,25 +17,27 @@ from botocore.exceptions import ClientError
 
 from img2img.audit import audit
 from img2img.credits import Account, Credits, Entry, Phase
-from img2img.errors import DeadlineExceeded, InsufficientCredits, NotFound, TeamDisabled
+from img2img.errors import DeadlineExceeded, InsufficientCredits, NotFound, PresetUnknown, TeamDisabled
 from img2img.ids import new_id
-from img2img.jobs import NEXT, Job, Output, OutputStatus, Status, given_up
+from img2img.jobs import NEXT, Job, Output, OutputStatus, Source, Status, ended, given_up
 from img2img.listing import JobFilter
 from img2img.params import Img2ImgParams
 from img2img.prices import Receipt
-from img2img.store import GUARD_TTL, Guard, Guarded, JobStore
+from img2img.store import GUARD_TTL, OBJECT_GUARD_TTL, Guard, Guarded, JobStore
 from img2img.teams import TeamStore
 from img2img.usage import Counts, Row, UsageStore
 from tests.system import fresh_aws
 
 START = 1_790_000_000
 LEASE = 130
+SOURCE = Source(bucket="uploads", key="inbox/default/p/a.png", version="e:1", preset="p")
 DAY = 86_400
 RETENTION_DAYS = 30
 SAMPLES = 4
 EACH = 1250
 PRICE = SAMPLES * EACH
 FUNDS = 1_000 * PRICE
+OPEN = [status for status in Status if not status.is_terminal]
 
 
 class Clock:
@@ -104,7 +106,7 @@ class Table:
 
     def in_status(self, status: Status) -> Job:
         """Return a job that has come to `status`, as it is now."""
-        made = self.job()
+        made = self.job(status=status if status is Status.AWAITING_UPLOAD else Status.QUEUED)
         if status is Status.PROCESSING:
             self.claim(made)
         elif status is Status.CANCELED:
@@ -212,6 +214,16 @@ def guard(team: str = "default", key: str = "k", fingerprint: str = "f") -> Guar
     return Guard(team, key, fingerprint)
 
 
+def of_object(key: str = "inbox/default/p/a.png#e:1") -> Guard:
+    return Guard("default", key, "", kind="OBJECT", ttl=OBJECT_GUARD_TTL)
+
+
+def failed_at_once(table: Table, **others: Any) -> Job:
+    """Return a job that could not be run, and is not yet in the table."""
+    made = replace(table.fresh(**others), source=SOURCE, credits=Receipt(reserved=0, price_version="1:1250"))
+    return ended(made, Status.FAILED, at_ms=made.created_ms, error=PresetUnknown("There is no preset p"))
+
+
 def over(job: Job, delivered: int) -> Job:
     """Return the job with all samples ended, the first ones with a picture."""
     return given_up(replace(job, outputs=tuple(map(picture, range(delivered)))), DeadlineExceeded("too late"))
@@ -223,6 +235,12 @@ def over(job: Job, delivered: int) -> Job:
 def test_a_job_is_read_as_it_was_written(table):
     made = table.job()
     assert table.now(made) == made
+
+
+@pytest.mark.parametrize("status", [Status.QUEUED, Status.AWAITING_UPLOAD])
+def test_a_job_knows_the_object_that_it_was_made_of(table, status):
+    made = table.job(source=SOURCE, status=status)
+    assert table.now(made).source == made.source == SOURCE
 
 
 def test_an_ended_job_keeps_all_that_is_known_of_it(table):
@@ -267,8 +285,19 @@ def test_another_teams_job_does_not_exist(table):
     assert table.now(made) == made
 
 
+def test_an_open_job_never_expires_for_it_holds_credits(table):
+    made = table.job()
+    assert "expires_at" not in table.item(made)
+    table.clock.now = START + 10 * RETENTION_DAYS * DAY
+    assert table.now(made).id == made.id
+    assert ids(table.store.list("default", JobFilter(limit=10)).jobs) == [made.id]
+    assert table.store.cancel("default", made.id).status is Status.CANCELED
+    assert table.item(made)["expires_at"] == {"N": str(int(table.clock.now) + RETENTION_DAYS * DAY)}
+
+
 def test_an_expired_job_is_gone_before_the_table_deletes_it(table):
     made = table.job()
+    table.store.cancel("default", made.id)
     table.clock.now = START + RETENTION_DAYS * DAY - 1
     assert table.now(made).id == made.id
     table.clock.now += 1
@@ -310,15 +339,26 @@ def postpone(table: Table, job: Job) -> object:
     return table.store.postpone(job, due_at=START + 300)
 
 
+def start(table: Table, job: Job) -> object:
+    return table.store.start(job, due_at=START + 60, deadline_at=START + 1800)
+
+
+def expire(table: Table, job: Job) -> object:
+    return table.store.expire(job)
+
+
 WRITES: dict[Callable[[Table, Job], object], dict[Status, Status]] = {
     claim: {Status.QUEUED: Status.PROCESSING},
     claim_after_the_lease: {Status.QUEUED: Status.PROCESSING, Status.PROCESSING: Status.PROCESSING},
     release: {Status.PROCESSING: Status.QUEUED},
     # From queued: the deadline passed while some samples waited, and others had been delivered.
     succeed: {Status.QUEUED: Status.SUCCEEDED, Status.PROCESSING: Status.SUCCEEDED},
-    fail: {Status.QUEUED: Status.FAILED, Status.PROCESSING: Status.FAILED},
-    cancel: {Status.QUEUED: Status.CANCELED, Status.PROCESSING: Status.CANCELED},
+    # From awaiting an upload: one came that is no image.
+    fail: dict.fromkeys(OPEN, Status.FAILED),
+    cancel: dict.fromkeys(OPEN, Status.CANCELED),
     postpone: {Status.QUEUED: Status.QUEUED},
+    start: {Status.AWAITING_UPLOAD: Status.QUEUED},
+    expire: {Status.AWAITING_UPLOAD: Status.CANCELED},
 }
 
 
@@ -336,7 +376,7 @@ def test_what_an_operation_makes_of_a_status(table, operation, status):
 
 
 @pytest.mark.parametrize("operation", WRITES, ids=lambda operation: operation.__name__)
-@pytest.mark.parametrize("status", [Status.QUEUED, Status.PROCESSING])
+@pytest.mark.parametrize("status", OPEN)
 def test_no_operation_brings_a_deleted_job_back(table, operation, status):
     job = table.in_status(status)
     table.store.delete(job.team, job.id)
@@ -470,6 +510,99 @@ def test_a_job_is_never_overwritten(table):
         with pytest.raises(ClientError, match="ConditionalCheckFailed"):
             table.store.create(replace(claimed, status=Status.QUEUED), held_by)
     assert table.everything() == before
+
+
+def test_the_guard_of_an_object_holds_for_a_month(table):
+    first = table.job(guard=of_object())
+    table.clock.now = START + OBJECT_GUARD_TTL - 1
+    before = table.everything()
+    assert table.store.create(table.fresh(), of_object()) == Guarded(first.id, "")
+    assert table.everything() == before
+    table.clock.now += 1
+    assert table.store.create(table.fresh(), of_object()) is None
+
+
+def test_an_idempotency_key_that_reads_like_an_object_is_none(table):
+    table.job(guard=of_object())
+    assert table.store.create(table.fresh(), guard(key=of_object().key, fingerprint="")) is None
+
+
+# Jobs that could not be run
+
+
+def test_a_job_that_failed_at_once_is_written_with_its_end(table):
+    table.leave(0)
+    account = table.credits.account("default")
+    made = failed_at_once(table)
+    assert table.store.create(made, of_object()) is None
+    assert table.now(made) == replace(made, due_at=None)
+    assert table.now(made).error_code == "preset_unknown"
+    assert [(e.phase, e.charged, e.released) for e in table.entries(made)] == [(Phase.SETTLE, 0, 0)]
+    assert table.credits.account("default") == replace(account, entries=account.entries + 1)
+    assert table.used() == [Row("default", "2026-09-21", "key", "segmind", Counts(jobs=1, failed=1))]
+    assert list(table.store.overdue()) == []
+    assert audit(table.credits, table.store, "default").differences == ()
+
+
+@pytest.mark.parametrize("operation", WRITES, ids=lambda operation: operation.__name__)
+def test_a_job_that_failed_at_once_stays_as_it_is(table, operation):
+    made = failed_at_once(table)
+    table.store.create(made, of_object())
+    before = table.everything()
+    assert not operation(table, table.now(made))
+    assert table.everything() == before
+
+
+def test_a_job_that_failed_at_once_is_made_once(table):
+    first = failed_at_once(table)
+    table.store.create(first, of_object())
+    before = table.everything()
+    for again in (failed_at_once(table), table.fresh()):
+        assert table.store.create(again, of_object()) == Guarded(first.id, "")
+        assert table.everything() == before
+
+
+def test_a_job_of_a_disabled_team_can_be_written_as_failed(table):
+    table.teams.enable("default", enabled=False)
+    made = failed_at_once(table)
+    assert table.store.create(made, of_object()) is None
+    assert table.now(made).status is Status.FAILED
+
+
+# Jobs that wait for an upload
+
+
+def test_a_started_job_has_its_deadline_from_then_on(table):
+    made = table.job(status=Status.AWAITING_UPLOAD, due_at=START + 1500, deadline_at=START + 1500)
+    table.clock.now = START + 1000
+    assert table.store.start(made, due_at=START + 1060, deadline_at=START + 2800)
+    now = table.now(made)
+    assert (now.status, now.due_at, now.deadline_at) == (Status.QUEUED, START + 1060, START + 2800)
+    assert table.credits.account("default").reserved == PRICE
+    assert table.claim(now).attempts == 1
+
+
+def test_a_job_whose_upload_did_not_come_is_canceled_and_says_so(table):
+    made = table.job(status=Status.AWAITING_UPLOAD)
+    table.clock.now += 60
+    expired = table.store.expire(made)
+    assert expired == table.now(made)
+    assert (expired.status, expired.error_code) == (Status.CANCELED, "upload_missing")
+    assert (expired.credits.charged, expired.credits.released) == (0, PRICE)
+    assert table.credits.account("default") == Account(balance=FUNDS, added=FUNDS, entries=3)
+    assert [row.counts for row in table.used()] == [Counts(jobs=1, canceled=1)]
+
+
+def test_an_upload_and_a_sweep_at_once_end_in_one_of_the_two(table):
+    made = table.job(status=Status.AWAITING_UPLOAD)
+    with table.between("TransactWriteItems", lambda: start(table, made)):
+        assert table.store.expire(made) is None
+    assert table.now(made).status is Status.QUEUED
+    other = table.job(status=Status.AWAITING_UPLOAD)
+    with table.between("UpdateItem", lambda: table.store.expire(other)):
+        assert not start(table, other)
+    assert table.now(other).status is Status.CANCELED
+    assert audit(table.credits, table.store, "default").differences == ()
 
 
 # Credits
@@ -621,6 +754,19 @@ def test_deleting_an_ended_job_changes_no_books(table):
 # Two at once
 
 ENDS = {succeed: (Status.SUCCEEDED, EACH), fail: (Status.FAILED, 0), cancel: (Status.CANCELED, 0)}
+ENDS_OF_THE_AWAITED = {fail: Status.FAILED, cancel: Status.CANCELED, expire: Status.CANCELED}
+
+
+@pytest.mark.parametrize("first", ENDS_OF_THE_AWAITED, ids=lambda end: end.__name__)
+@pytest.mark.parametrize("late", ENDS_OF_THE_AWAITED, ids=lambda end: end.__name__)
+def test_of_two_that_end_an_awaiting_job_at_once_one_settles_it(table, late, first):
+    job = table.in_status(Status.AWAITING_UPLOAD)
+    with table.between("TransactWriteItems", lambda: first(table, job)):
+        late(table, job)
+    assert table.now(job).status is ENDS_OF_THE_AWAITED[first]
+    assert [entry.phase for entry in table.entries(job)] == [Phase.RESERVE, Phase.SETTLE]
+    assert table.credits.account("default") == Account(balance=FUNDS, added=FUNDS, entries=3)
+    assert [row.counts.jobs for row in table.used()] == [1]
 
 
 @pytest.mark.parametrize("status", [Status.QUEUED, Status.PROCESSING])
@@ -856,7 +1002,11 @@ def test_a_page_ends_where_the_list_does(table, ten):
 
 
 def test_expired_jobs_among_others_shorten_no_list(table):
+    table.clock.now = START - RETENTION_DAYS * DAY
     old = [table.job(created_ms=(START - RETENTION_DAYS * DAY - n) * 1000) for n in range(5)]
+    for job in old:
+        table.store.cancel("default", job.id)
+    table.clock.now = START
     new = [table.job(created_ms=(START - n) * 1000) for n in range(3)]
     found, cursor, more = [], None, True
     while more:
@@ -885,13 +1035,13 @@ def test_a_rare_status_is_found_page_by_page(table):
 
 
 class Anyone:
-    """Workers, callers and sweeps that act on one job in any order, each on what it saw last."""
+    """Uploads, workers, callers and sweeps that act on one job in any order, each on what it saw last."""
 
     def __init__(self, table: Table, seed: int) -> None:
         self.table = table
         self.choose = random.Random(seed)
         self.before = table.credits.account("default")
-        self.job = table.job()
+        self.job = table.job(status=self.choose.choice([Status.QUEUED, Status.AWAITING_UPLOAD]))
         self.seen = [self.job]
         self.ways: set[tuple[Status, Status]] = set()
 
@@ -902,6 +1052,20 @@ class Anyone:
 
     def wait(self) -> None:
         self.table.clock.now += self.choose.choice([1, 30, LEASE, 600])
+
+    def start(self) -> None:
+        due = int(self.table.clock.now) + 60
+        awaited = self.job.status is Status.AWAITING_UPLOAD
+        assert self.table.store.start(self.job, due_at=due, deadline_at=due + 1740) == awaited
+        if awaited:
+            self.becomes(Status.QUEUED, due_at=due, deadline_at=due + 1740)
+
+    def expire(self) -> None:
+        expired = self.table.store.expire(self.choose.choice(self.seen))
+        assert (expired is not None) == (self.job.status is Status.AWAITING_UPLOAD)
+        if expired:
+            self.becomes(expired.status)
+            self.job = expired
 
     def claim(self) -> None:
         was, now = self.job, int(self.table.clock.now)
@@ -938,7 +1102,8 @@ class Anyone:
         ended = self.table.store.finish(over(someone, delivered))
         # Its time says whether a queued job is queued still or once more.
         as_seen = (someone.status, someone.lease, someone.due_at) == (self.job.status, self.job.lease, self.job.due_at)
-        assert (ended is not None) == as_seen
+        possible = (Status.SUCCEEDED if delivered else Status.FAILED) in NEXT[someone.status]
+        assert (ended is not None) == (as_seen and possible)
         if ended:
             assert ended.credits.charged == delivered * EACH
             self.becomes(ended.status)
@@ -963,7 +1128,8 @@ class Anyone:
 
     def act(self) -> None:
         """Do one thing, and compare the table with what it should hold."""
-        often, seldom = (self.wait, self.claim, self.claim, self.release, self.postpone), (self.finish, self.cancel)
+        often = (self.wait, self.start, self.claim, self.claim, self.release, self.postpone)
+        seldom = (self.finish, self.cancel, self.expire)
         self.choose.choice([*often, *often, *seldom])()
         now = self.table.now(self.job)
         assert now == self.job

@@ -1,0 +1,52 @@
+"""What moto does slowly: to a system that runs for a while, its cost would grow with every job."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from moto import backends
+from moto.dynamodb.models import DynamoDBBackend
+from moto.dynamodb.models.table import Table
+
+
+def make_fast() -> None:
+    """Have moto of this process take as long for the thousandth call as for the first."""
+    # It lists the folder of its modules for every request.
+    modules = tuple(backends.list_of_moto_modules())
+    backends.list_of_moto_modules = lambda: modules
+    # It copies the whole table for every write of a transaction, in case the transaction fails. Instead, what the
+    # transaction touches is kept.
+    for owner, name, better in (
+        (Table, "__deepcopy__", lambda table, _memo: table),
+        (DynamoDBBackend, "transact_write_items", _undone_on_failure(DynamoDBBackend.transact_write_items)),
+    ):
+        setattr(owner, name, better)
+
+
+def _undone_on_failure(original: Any) -> Any:
+    def transact_write_items(backend: Any, transact_items: list[dict[str, Any]]) -> None:
+        before = [
+            (table, *keys, copy.deepcopy(table.get_item(*keys))) for table, keys in _touched(backend, transact_items)
+        ]
+        try:
+            original(backend, transact_items)
+        except Exception:
+            for table, hash_key, range_key, item in before:
+                if item is None:
+                    table.delete_item(hash_key, range_key)
+                elif range_key is None:
+                    table.items[hash_key] = item
+                else:
+                    table.items[hash_key][range_key] = item
+            raise
+
+    return transact_write_items
+
+
+def _touched(backend: Any, transact_items: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    for write in transact_items:
+        for operation in write.values():
+            if table := backend.tables.get(operation.get("TableName")):
+                yield table, backend.get_keys_value(table, operation.get("Key") or operation["Item"])
