@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,10 @@ from tests.bench.setting import ROOT, Context, report, silence
 # and team. An upload costs a read, and its prepared picture is stored as one from the body is. A replay is one refused
 # write and two reads: of the job and, once it has ended, of the balance. A sweep asks each of four shards, and for the
 # list of teams.
+#
+# A file in the inbox is a create with a key, which reads the team, the object and the preset. What a file comes to is
+# noted as what the outbox shows; then each picture is copied there, and the document put beside it. The job that an
+# upload starts was paid for when it was announced: it is read, and one update queues it.
 CREATE = {"dynamodb.TransactWriteItems": 1, "sqs.SendMessage": 1, "s3.PutObject": 1}
 KEY = {"dynamodb.PutItem": 1, "dynamodb.UpdateItem": 1}
 ALLOWED: dict[str, dict[str, int]] = {
@@ -25,6 +28,24 @@ ALLOWED: dict[str, dict[str, int]] = {
     "create, of an upload": CREATE | {"s3.GetObject": 1},
     "replay of a key": {"dynamodb.PutItem": 1, "dynamodb.GetItem": 2},
     "poll": {"dynamodb.GetItem": 1},
+    "announce an upload with its job": {"dynamodb.TransactWriteItems": 1},
+    "ingest of an awaited upload": {
+        "dynamodb.GetItem": 1,
+        "s3.GetObject": 1,
+        "s3.PutObject": 1,
+        "dynamodb.UpdateItem": 1,
+        "sqs.SendMessage": 1,
+    },
+    "ingest of a file in the inbox": CREATE | KEY | {"dynamodb.GetItem": 2, "s3.GetObject": 1},
+    "ingest of a repeated notice": {"dynamodb.GetItem": 2, "dynamodb.PutItem": 1},
+    "ingest of an unreadable file": KEY
+    | {
+        "dynamodb.GetItem": 2,
+        "s3.GetObject": 1,
+        "dynamodb.TransactWriteItems": 1,
+        "dynamodb.UpdateItem": 2,
+        "s3.PutObject": 1,
+    },
     **{
         f"run, {samples} sample{'s' if samples > 1 else ''}": {
             "dynamodb.UpdateItem": 1,
@@ -34,6 +55,14 @@ ALLOWED: dict[str, dict[str, int]] = {
             "dynamodb.TransactWriteItems": 1,
         }
         for samples in (1, 4)
+    },
+    "run of a file's job, 1 sample": {
+        "dynamodb.UpdateItem": 2,
+        "s3.GetObject": 1,
+        "segmind": 1,
+        "s3.PutObject": 2,
+        "dynamodb.TransactWriteItems": 1,
+        "s3.CopyObject": 1,
     },
     "cancel": {"dynamodb.GetItem": 1, "dynamodb.TransactWriteItems": 1},
     "balance": {"dynamodb.GetItem": 1},
@@ -54,7 +83,7 @@ botocore.register_initializer(lambda session: session.register("before-call", _c
 def main() -> None:
     silence()
     # moto only mocks the clients that are made after it was imported.
-    from tests.system import function, running_system
+    from tests.system import function, queue_url, running_system
 
     made: dict[str, dict[str, int]] = {}
     with running_system() as system:
@@ -66,13 +95,25 @@ def main() -> None:
             yield
             made[name] = dict(_calls) | ({"segmind": len(system.segmind.calls)} if system.segmind.calls else {})
 
-        def run(name: str) -> None:
-            (record,) = system.receive()
+        def handle(name: str, worker: str, record: Any) -> None:
             with counted(name):
-                answer = function("worker").handler({"Records": [record]}, Context())
+                answer = function(worker).handler({"Records": [record]}, Context())
             if answer["batchItemFailures"]:
                 raise SystemExit(f"{name}: not done")
-            system.sqs.delete_message(QueueUrl=os.environ["JOBS_QUEUE_URL"], ReceiptHandle=record["receiptHandle"])
+
+        def run(name: str) -> None:
+            (record,) = system.receive()
+            handle(name, "worker", record)
+            system.sqs.delete_message(QueueUrl=queue_url("jobs"), ReceiptHandle=record["receiptHandle"])
+
+        def put(key: str, data: bytes) -> Any:
+            """Put an object into the uploads bucket and return S3's notice of it."""
+            system.s3.put_object(Bucket="uploads", Key=key, Body=data)
+            # The first time, after those of S3's test events.
+            *_, notice = records = system.receive("uploads")
+            for record in records:
+                system.sqs.delete_message(QueueUrl=queue_url("uploads"), ReceiptHandle=record["receiptHandle"])
+            return notice
 
         with counted("create, a caller's first"):
             system.create()
@@ -99,6 +140,18 @@ def main() -> None:
             raise SystemExit(f"not canceled: {canceled}")
         with counted("balance"):
             system.api("GET", "/balance")
+        # The message of the job that was canceled: the worker finds nothing to do.
+        run("run of a canceled job")
+        with counted("announce an upload with its job"):
+            awaiting = system.api("POST", "/uploads", {"job": {"prompt": "a castle on a hill"}}).json["job"]
+        handle("ingest of an awaited upload", "ingest", put(f"awaited/default/{awaiting['id']}", photo))
+        run("run of an awaited job")
+        system.services.presets.save("default", "castle", {"prompt": "a castle on a hill"})
+        notice = put("inbox/default/castle/photo.jpg", photo)
+        handle("ingest of a file in the inbox", "ingest", notice)
+        run("run of a file's job, 1 sample")
+        handle("ingest of a repeated notice", "ingest", notice)
+        handle("ingest of an unreadable file", "ingest", put("inbox/default/castle/text.jpg", b"no image"))
         with counted("sweep, nothing due"):
             system.sweep()
     report({name: (made[name], allowed) for name, allowed in ALLOWED.items()})

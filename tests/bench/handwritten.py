@@ -132,7 +132,6 @@ def create(clients: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
         "charged": {"N": "0"},
         "released": {"N": "0"},
         "price_version": {"S": f"1:{_BASE}"},
-        "expires_at": {"N": str(now + 30 * 86_400)},
     }
     in_service = {":true": {"BOOL": True}, ":price": {"N": str(price)}}
     entry = {
@@ -275,6 +274,7 @@ class Worker:
             "reserved": {"N": str(reserved)},
             "charged": {"N": str(charged)},
             "released": {"N": str(released)},
+            "expires_at": {"N": str(ms // 1000 + 30 * 86_400)},
         }
         update = {
             "TableName": table,

@@ -28,6 +28,7 @@ LARGE_FILES = {"JPEG": "48-megapixels.jpg", "PNG": "48-megapixels.png", "HEIC": 
 
 def environment(url: str) -> dict[str, str]:
     """Return the environment of a function whose AWS and Segmind are at `url`."""
+    sqs = url or f"https://sqs.{REGION}.amazonaws.com"
     return {
         **{name: value for name, value in os.environ.items() if not name.upper().startswith(("AWS_", "POWERTOOLS_"))},
         "PYTHONPATH": os.pathsep.join([str(ROOT / "layers" / "core" / "python"), str(ROOT)]),
@@ -49,11 +50,9 @@ def environment(url: str) -> dict[str, str]:
         "RESULTS_BUCKET": "results",
         "SEGMIND_SECRET_ID": "segmind",
         "VIPS_CONCURRENCY": "1",
-        **(
-            {"AWS_ENDPOINT_URL": url, "SEGMIND_BASE_URL": f"{url}/v1", "JOBS_QUEUE_URL": f"{url}/123456789012/jobs"}
-            if url
-            else {"JOBS_QUEUE_URL": f"https://sqs.{REGION}.amazonaws.com/123456789012/jobs"}
-        ),
+        **({"AWS_ENDPOINT_URL": url, "SEGMIND_BASE_URL": f"{url}/v1"} if url else {}),
+        "JOBS_QUEUE_URL": f"{sqs}/123456789012/jobs",
+        "UPLOADS_QUEUE_URL": f"{sqs}/123456789012/uploads",
     }
 
 
@@ -167,7 +166,6 @@ def claimed_item() -> dict[str, Any]:
         "charged": {"N": "0"},
         "released": {"N": "0"},
         "price_version": {"S": "1:1000"},
-        "expires_at": {"N": str(now + 30 * 86_400)},
     }
 
 

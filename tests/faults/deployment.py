@@ -5,12 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
+import pathlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -23,16 +27,23 @@ from img2img.params import Img2ImgParams
 from img2img.store import JobStore
 from img2img.usage import UsageStore, total
 from tests.faults.calls import SEED, Calls, Kill, Killed, Step
-from tests.system import API_KEY_ID, Answer, Context, System, create_team, function, rest_event
+from tests.system import API_KEY_ID, Answer, Context, System, create_team, function, queue_url, rest_event
 
 TEAM = "default"
 # What a sample of every job here costs, in thousandths of a credit.
 PRICE = 1000
 LEASE = 130
 VISIBILITY = 720
+# When a job whose upload has not come is given up: the life of its form, and what S3's notice may take.
+IN_VAIN = 900 + 600
+PRESET = "portrait"
+FILE = "photo.png"
 # Two samples run in threads of their own: these are the ways their calls can fall.
 ONE_BY_ONE = ("POST 0", "PutObject 0", "POST 1", "PutObject 1")
 SIDE_BY_SIDE = ("POST 0", "POST 1", "PutObject 0", "PutObject 1")
+# What the sweep looks at. The index has four shards, and a job may be in any of them: where its own calls come in
+# between differs. The teams come last: their list, then they themselves.
+LOOKS = ("Query", "Query #2", "Query #3", "Query #4", "Query #5", "BatchGetItem")
 
 
 @cache
@@ -59,11 +70,12 @@ def request_body(**fields: Any) -> dict[str, Any]:
 
 @dataclass
 class Deployment:
-    """A system, its calls, and the messages that its queue has handed out and not had deleted."""
+    """A system, its calls, and the messages and S3's notices that its queues have handed out and not had deleted."""
 
     system: System
     calls: Calls
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
+    noticed: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # With a client that was made before any was watched, so that looking at the books is no call of a process.
@@ -83,15 +95,19 @@ class Deployment:
         self.system.segmind.reset()
         self.system.clock.ahead = 0.0
         create_team(self.system.services, TEAM)
+        self.system.services.presets.save(TEAM, PRESET, {"prompt": "a castle on a hill", "seed": SEED})
         self.restart()
 
     def lose_messages(self) -> None:
-        """Empty the queue."""
+        """Empty the queues."""
         # Not with PurgeQueue, which is allowed once a minute.
         self.receive()
         for record in self.held.values():
             self.system.sqs.delete_message(QueueUrl=self.system.queue_url, ReceiptHandle=record["receiptHandle"])
         self.held.clear()
+        for record in self.noticed + self.system.receive("uploads"):
+            self.system.sqs.delete_message(QueueUrl=queue_url("uploads"), ReceiptHandle=record["receiptHandle"])
+        self.noticed.clear()
 
     def restart(self) -> None:
         """Put a new process in place of a dead one, which left the books in order: it knows only its environment."""
@@ -159,6 +175,76 @@ class Deployment:
         except Killed:
             self.restart()
         assert kill.dead, f"{name} was never reached: {self.calls.made}"
+
+    def put_file(self, data: bytes | None = None, *, preset: str = PRESET, **metadata: str) -> None:
+        """Put a file into the inbox, as a pipeline does, and hold S3's notice of it."""
+        key = f"inbox/{TEAM}/{preset}/{FILE}"
+        self._put(key, picture() if data is None else data, {k.replace("_", "-"): v for k, v in metadata.items()})
+
+    def new_awaiting_job(self, **fields: Any) -> str:
+        """Announce an upload that is to start a job."""
+        job = {"prompt": "a castle on a hill", "seed": SEED, **fields}
+        announced = self.system.api("POST", "/uploads", {"job": job})
+        assert announced.status == 201, announced.json
+        return str(announced.json["job"]["id"])
+
+    def put_awaited(self, job_id: str, data: bytes | None = None) -> None:
+        """Upload what a job waits for, and hold S3's notice of it."""
+        self._put(f"awaited/{TEAM}/{job_id}", picture() if data is None else data, {})
+
+    def _put(self, key: str, data: bytes, metadata: dict[str, str]) -> None:
+        self.system.s3.put_object(Bucket="uploads", Key=key, Body=data, Metadata=metadata)
+        self.noticed += self.system.receive("uploads")
+
+    def ingest(self, step: Step | None = None, context: Context | None = None) -> bool:
+        """Hand the last notice to the ingest function; return whether it is done with. It comes again all the same."""
+        with self.calls.shown_to(step) if step else nullcontext():
+            answer = function("ingest").handler({"Records": [self.noticed[-1]]}, context or Context(60))
+        return not answer["batchItemFailures"]
+
+    def kill_ingest(self, name: str, moment: str, context: Context | None = None) -> None:
+        """Have the ingest function die at one of its calls, and another one take its place."""
+        kill = Kill(name, moment)
+        try:
+            self.ingest(kill, context or short_lived())
+        except Killed:
+            self.restart()
+        assert kill.dead, f"{name} was never reached: {self.calls.made}"
+
+    def forget_claims(self) -> None:
+        """Let every record of Powertools' idempotency expire."""
+        for item in self.system.dynamodb.scan(TableName="idempotency", ProjectionExpression="id")["Items"]:
+            self.system.dynamodb.delete_item(TableName="idempotency", Key=item)
+
+    def outbox(self, preset: str = PRESET) -> dict[str, bytes]:
+        """Return what lies in the outbox of a preset, by what its names have after the file's."""
+        prefix = f"outbox/{TEAM}/{preset}/"
+        found = self.system.s3.list_objects_v2(Bucket="results", Prefix=prefix).get("Contents", [])
+        return {
+            item["Key"].removeprefix(f"{prefix}{FILE}"): self.system.s3.get_object(Bucket="results", Key=item["Key"])[
+                "Body"
+            ].read()
+            for item in found
+        }
+
+    def assert_published(self, job_id: str, *indexes: int, preset: str = PRESET) -> None:
+        """Check that the outbox holds what the job came to, and nothing else: these pictures, or an error for none."""
+        job, outbox = self.system.job(job_id), self.outbox(preset)
+        pictures = {f"-{pathlib.PurePath(urlsplit(o['url']).path).name}": o for o in job["outputs"] if "url" in o}
+        assert sorted(o["index"] for o in pictures.values()) == list(indexes)
+        assert set(outbox) == ({*pictures, ".json"} if indexes else {".error.json"})
+        for name, output in pictures.items():
+            assert hashlib.sha256(outbox[name]).hexdigest() == output["sha256"]
+        document = json.loads(outbox[".json" if indexes else ".error.json"])
+        assert (document["id"], document["status"], document["error"]) == (job_id, job["status"], job["error"])
+        # As its client reads it, but for what goes stale.
+        assert [o["index"] for o in document["outputs"]] == [o["index"] for o in job["outputs"]]
+
+    def sweep(self, step: Step) -> None:
+        """Sweep while the calls are shown to `step`."""
+        with self.calls.shown_to(step):
+            self.system.sweep()
+        self.assert_books_balance()
 
     def settle(self) -> None:
         """Let the queue and the schedule work on, as they would, until no message is left."""
@@ -260,6 +346,9 @@ class Deployment:
             # A job is deleted only after its end.
             over = job_id not in jobs or jobs[job_id].status.is_terminal
             phases = [Phase.RESERVE, Phase.SETTLE] if over else [Phase.RESERVE]
+            if job_id in jobs and jobs[job_id].credits.reserved == 0:
+                # It failed before it could run, and so takes nothing for a moment.
+                phases = [Phase.SETTLE]
             assert [entry.phase for entry in entries[job_id]] == phases, entries[job_id]
         for job in jobs.values():
             _assert_paid(job, entries[job.id])
@@ -275,7 +364,8 @@ class Deployment:
 
 def _assert_paid(job: Job, entries: list[Entry]) -> None:
     """Check a job's receipt: once it is over, what was delivered is charged and all else released."""
-    reserved = PRICE * job.params.samples
+    unpaid = job.status is Status.FAILED and job.started_ms is None and job.credits.reserved == 0
+    reserved = 0 if unpaid else PRICE * job.params.samples
     delivered = sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs)
     charged = PRICE * delivered if job.status is Status.SUCCEEDED else 0
     released = reserved - charged if job.status.is_terminal else 0

@@ -17,6 +17,7 @@ from img2img.errors import AlreadyExists
 from tests.faults.calls import AFTER, BEFORE, MOMENTS, SEED, InOrder, Kill, Killed, Meanwhile
 from tests.faults.deployment import (
     LEASE,
+    LOOKS,
     ONE_BY_ONE,
     PRICE,
     SIDE_BY_SIDE,
@@ -277,9 +278,6 @@ def _overdue(deployment: Deployment) -> str:
     return job_id
 
 
-# The index has four shards, and a job may be in any of them: where its own calls come in between differs. The teams
-# come last: their list, then they themselves.
-LOOKS = ("Query", "Query #2", "Query #3", "Query #4", "Query #5", "BatchGetItem")
 SWEEPS: Mapping[Callable[[Deployment], str], tuple[str, ...]] = {
     _forgotten: (*LOOKS, "UpdateItem", "SendMessage"),
     _abandoned: (*LOOKS, "SendMessage"),

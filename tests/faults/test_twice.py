@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from img2img.create import Caller
 from img2img.params import parse_request
 from img2img.run import run_job
-from img2img.submit import Caller, submit
+from img2img.submit import submit
 from tests.faults.calls import AFTER, BEFORE, MOMENTS, Meanwhile
 from tests.faults.deployment import (
     LEASE,
@@ -235,7 +236,7 @@ def test_a_key_that_comes_again_between_two_calls_of_its_create_is_one_job(deplo
     others = []
 
     def again() -> None:
-        request = parse_request(body)
+        request = parse_request(body, {}.__getitem__)
         others.append(submit(services, caller, request, idempotency_key=key, context=Context()).job.id)
 
     # The first one's claim on its key runs out at once.
