@@ -27,6 +27,7 @@ from moto.moto_api._internal.models import MotoAPIBackend
 from img2img import bootstrap
 from img2img.audit import audit
 from img2img.credits import Account
+from local.moto_speed import make_fast
 from local.s3_notices import add_sequencers
 from local.segmind import SegmindStandIn
 
@@ -294,6 +295,7 @@ def _moto() -> MotoAPIBackend:
     """Put moto in place of AWS for this process: clients, the slow part, are made from one session."""
     mock_aws().start()
     add_sequencers()
+    make_fast()
     return moto_api_backend
 
 
