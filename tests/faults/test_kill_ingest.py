@@ -70,7 +70,7 @@ class Walk:
 # The team, the claim on the notice, the object.
 LOOK = ("GetItem", "PutItem", "GetObject")
 # What the outbox shows, the error, and the claim's end.
-PUBLISH = ("UpdateItem", "PutObject", "UpdateItem #2")
+PUBLISH = ("UpdateItem", "PutObject", "GetItem #3", "UpdateItem #2")
 FILES = {
     "file": Walk(_file, (*LOOK, "GetItem #2", "PutObject", "TransactWriteItems", "SendMessage", "UpdateItem")),
     "unreadable": Walk(_unreadable, (*LOOK, "GetItem #2", "TransactWriteItems", *PUBLISH), "unsupported_image"),
@@ -81,7 +81,7 @@ FILES = {
         _no_credits,
         (
             *(*LOOK, "GetItem #2", "PutObject", "TransactWriteItems", "DeleteObject"),
-            *("TransactWriteItems #2", "UpdateItem", "PutObject #2", "UpdateItem #2"),
+            *("TransactWriteItems #2", "UpdateItem", "PutObject #2", "GetItem #3", "UpdateItem #2"),
         ),
         "insufficient_credits",
     ),

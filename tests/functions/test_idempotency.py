@@ -718,8 +718,9 @@ def test_the_calls_of_a_file_in_the_inbox(system, aws):
 @pytest.mark.usefixtures("preset")
 def test_the_calls_of_a_file_that_cannot_be_run(system, aws):
     record = dropped(system, strength="2")
-    # The put is that of the error in the outbox, the second update notes which version is shown there.
-    failed = {"PutObject": 1, "TransactWriteItems": 1, "UpdateItem": 2}
+    # The put is that of the error in the outbox, the second update notes which version is shown there, and the last
+    # read finds that none has overtaken it.
+    failed = {"PutObject": 1, "TransactWriteItems": 1, "UpdateItem": 2, "GetItem": LOOKED_UP["GetItem"] + 1}
     assert calls_of(aws, lambda: ingest(system, record)) == LOOKED_UP | failed
 
 
@@ -747,8 +748,9 @@ def test_the_calls_of_a_run_that_is_published(system, aws, samples):
     [record] = system.receive()
     # The claim, and the note of which version is shown.
     run = {"UpdateItem": 2, "GetObject": 1, "PutObject": samples + 1, "TransactWriteItems": 1, "CopyObject": samples}
+    run |= {"GetItem": 1}
     assert calls_of(aws, lambda: system.work(record)) == run
-    again = {"UpdateItem": 2, "PutObject": 1, "CopyObject": samples}
+    again = {"UpdateItem": 2, "PutObject": 1, "CopyObject": samples, "GetItem": 1}
     assert calls_of(aws, lambda: system.work(record)) == again
 
 
@@ -758,7 +760,7 @@ def test_the_calls_of_a_run_that_takes_the_place_of_an_earlier_version(system, a
         ingest(system, dropped(system, samples=samples))
     first, second = system.receive()
     assert calls_of(aws, lambda: system.work(first))["CopyObject"] == 4
-    replaced = {"CopyObject": 1, "DeleteObject": 3, "UpdateItem": 3}
+    replaced = {"CopyObject": 1, "DeleteObject": 3, "UpdateItem": 3, "GetItem": 1}
     run = {"GetObject": 1, "PutObject": 2, "TransactWriteItems": 1}
     assert calls_of(aws, lambda: system.work(second)) == run | replaced
     # It has been overtaken: nothing of it is shown any more.

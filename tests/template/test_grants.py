@@ -9,6 +9,8 @@ from tests.template.flows import FUNCTIONS
 # What Lambda does itself, to feed a function from its queue.
 FEED = ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes")
 # Granted for what no call of a function shows.
+# Asked for only when the outbox shows an earlier version of the file.
+STALE = ("s3:DeleteObject", "ResultsBucket/outbox/*")
 UNSEEN = {
     "api": {
         # Nothing is listed: it makes S3 say that an upload is missing.
@@ -18,13 +20,14 @@ UNSEEN = {
         # What the form of an upload that starts a job is signed with.
         ("s3:PutObject", "UploadsBucket/awaited/*"),
     },
-    "worker": {(action, "JobsQueue") for action in FEED},
+    "worker": {STALE, *((action, "JobsQueue") for action in FEED)},
     "ingest": {
         ("s3:ListBucket", "UploadsBucket"),
         ("dynamodb:GetItem", "IdempotencyTable"),
+        STALE,
         *((action, "UploadsQueue") for action in FEED),
     },
-    "sweep": set(),
+    "sweep": {STALE},
 }
 
 
