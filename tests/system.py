@@ -139,7 +139,7 @@ class System:
 
     @property
     def queue_url(self) -> str:
-        return os.environ["JOBS_QUEUE_URL"]
+        return queue_url("jobs")
 
     def api(
         self,

@@ -30,7 +30,7 @@ from img2img.errors import (
 from img2img.ids import ULID
 from img2img.jobs import Job, OutputStatus
 from img2img.listing import parse_filter
-from img2img.params import Img2ImgRequest, Presets, parse_request
+from img2img.params import Img2ImgRequest, parse_request
 from img2img.presets import parse_preset_page
 from img2img.prices import in_credits
 from img2img.submit import balance, pictures, submit, watch
@@ -84,10 +84,6 @@ def _base_url() -> str:
 
 def _idempotency_key() -> str | None:
     return _header("idempotency-key") if "idempotency-key" in app.current_event.resolved_headers_field else None
-
-
-def _presets(use: Services, team: str) -> Presets:
-    return lambda name: use.presets.get(team, name).fields
 
 
 def _first_accepted() -> str:
@@ -190,7 +186,7 @@ def create() -> Response[Any]:
     """Create a job and, unless asked not to, wait for it."""
     use = services()
     caller = _caller(use)
-    request = parse_request(_json_body(), _presets(use, caller.team))
+    request = parse_request(_json_body(), use.presets.fields_of(caller.team))
     seconds, applied = _preferred_wait()
     submission = submit(use, caller, request, idempotency_key=_idempotency_key(), context=app.lambda_context)
     job_id = submission.job.id
@@ -306,7 +302,7 @@ def cost() -> Response[Any]:
     """Check parameters and name their price; nothing is created."""
     use = services()
     team = _caller(use).team
-    params = parse_request(_json_body(), _presets(use, team), required=()).params
+    params = parse_request(_json_body(), use.presets.fields_of(team), required=()).params
     return _answer(200, present.cost_document(params, BACKEND, use.prices.quote(params, BACKEND)))
 
 

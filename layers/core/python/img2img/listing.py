@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from img2img.errors import InvalidRequest
 from img2img.ids import ULID
 from img2img.jobs import Status
-from img2img.params import WrongValue, parse_fields
+from img2img.params import WrongValue, checked_fields
 
 MAX_LIMIT = 100
 
@@ -66,7 +65,4 @@ _PARSERS = {
 
 def parse_filter(query: Mapping[str, str]) -> JobFilter:
     """Check query parameters. Raises `InvalidRequest` naming every wrong and unknown one."""
-    values, errors = parse_fields(query, _PARSERS)
-    if errors:
-        raise InvalidRequest.of_fields(errors)
-    return JobFilter(**values)
+    return JobFilter(**checked_fields(query, _PARSERS))

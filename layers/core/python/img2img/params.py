@@ -322,6 +322,14 @@ def parse_fields(
     return values, errors
 
 
+def checked_fields(given: Mapping[str, Any], parsers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """Return the parsed values. Raises `InvalidRequest` naming every wrong and unknown one."""
+    values, errors = parse_fields(given, parsers)
+    if errors:
+        raise InvalidRequest.of_fields(errors)
+    return values
+
+
 Presets = Callable[[str], Mapping[str, Any]]
 
 

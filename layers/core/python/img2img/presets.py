@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from img2img.dynamo import Item, number, text
 from img2img.errors import InvalidRequest, PresetUnknown
 from img2img.listing import parse_limit
-from img2img.params import PRESET_NAME, WrongValue, parse_fields, parse_preset
+from img2img.params import PRESET_NAME, Presets, WrongValue, checked_fields, parse_preset
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -41,10 +41,7 @@ def _cursor(value: str) -> str:
 
 def parse_preset_page(query: Mapping[str, str]) -> PresetFilter:
     """Check query parameters. Raises `InvalidRequest` naming every wrong and unknown one."""
-    values, errors = parse_fields(query, {"limit": parse_limit, "cursor": _cursor})
-    if errors:
-        raise InvalidRequest.of_fields(errors)
-    return PresetFilter(**values)
+    return PresetFilter(**checked_fields(query, {"limit": parse_limit, "cursor": _cursor}))
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,10 @@ class PresetStore:
         if "Item" not in answer:
             raise PresetUnknown(f"There is no preset {name}")
         return _to_preset(answer["Item"])
+
+    def fields_of(self, team: str) -> Presets:
+        """Return what finds the fields of a team's presets by their names."""
+        return lambda name: self.get(team, name).fields
 
     def list(self, team: str, wanted: PresetFilter) -> PresetPage:
         """Return a team's presets by name, in one read."""

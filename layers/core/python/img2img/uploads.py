@@ -11,7 +11,7 @@ from img2img.create import Caller, RemainingTime, Submission, create, new_job, o
 from img2img.errors import FieldError, InvalidRequest
 from img2img.ids import new_id
 from img2img.jobs import Job, Status
-from img2img.params import Img2ImgRequest, one_of, parse_fields, parse_request
+from img2img.params import Img2ImgRequest, checked_fields, one_of, parse_request
 from img2img.submit import guard_of
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def announce(
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
     parsers = {"content_type": one_of(images.ACCEPTED_CONTENT_TYPES), "job": lambda value: value}
-    values, errors = parse_fields(body, parsers)
-    if errors:
-        raise InvalidRequest.of_fields(errors)
+    values = checked_fields(body, parsers)
     content_type = values.get("content_type", "image/jpeg")
     if "job" not in values:
         upload_id = _new_upload_id(services)
@@ -88,7 +86,7 @@ def _form_of(services: Services, job: Job, content_type: str) -> dict[str, Any]:
 
 def _request_of(services: Services, team: str, job: Any) -> Img2ImgRequest:
     try:
-        request = parse_request(job, lambda name: services.presets.get(team, name).fields, required=("prompt",))
+        request = parse_request(job, services.presets.fields_of(team), required=("prompt",))
     except InvalidRequest as error:
         named = [FieldError("job" if e.field == "body" else f"job.{e.field}", e.detail) for e in error.errors]
         raise InvalidRequest.of_fields(named) from None

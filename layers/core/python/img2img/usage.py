@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from img2img.dynamo import Item, number, text
 from img2img.errors import InvalidRequest
 from img2img.jobs import Job, OutputStatus, Status
-from img2img.params import WrongValue, parse_fields
+from img2img.params import WrongValue, checked_fields
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -72,9 +72,7 @@ def _group_by(value: str, groups: tuple[str, ...]) -> tuple[str, ...]:
 def parse_usage_query(query: Mapping[str, str], *, now: float, groups: tuple[str, ...] = GROUPS) -> UsageQuery:
     """Check query parameters; without them it is the current month by all of `groups`. Raises `InvalidRequest`."""
     parsers = {"from": _day, "to": _day, "group_by": lambda value: _group_by(value, groups)}
-    values, errors = parse_fields(query, parsers)
-    if errors:
-        raise InvalidRequest.of_fields(errors)
+    values = checked_fields(query, parsers)
     until = values.get("to", datetime.fromtimestamp(now, UTC).date())
     since = values.get("from", until.replace(day=1))
     if since > until:
