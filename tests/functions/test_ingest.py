@@ -5,18 +5,17 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from email.header import Header
-from functools import cache
 from typing import Any
 from urllib.parse import quote
 
-import boto3
 import pytest
-from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
+from tests.faults.calls import Killed
+from tests.functions.interruptions import die, fail, picture
 from tests.system import System, create_team, queue_url
 
 PRICE = 1000
@@ -24,45 +23,6 @@ FIELDS = {"prompt": "a watercolour", "strength": 0.4, "seed": 7}
 DAY = 86_400
 KEY = "inbox/default/art/photo.png"
 OUTBOX = "outbox/default/art/photo.png"
-
-
-class Killed(BaseException):
-    """The process is gone: nothing of it catches this."""
-
-
-def die() -> None:
-    raise Killed
-
-
-def fail() -> None:
-    raise EndpointConnectionError(endpoint_url="https://aws.example")
-
-
-@cache
-def picture(shade: int = 90) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (shade, 60, 30)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def at(system) -> Iterator[Callable[[str, Callable[[], Any]], None]]:
-    """Have something happen before or after the next AWS call of an operation."""
-    steps: dict[str, Callable[[], Any]] = {}
-
-    def before(model: Any, **_: Any) -> None:
-        steps.pop(f"before {model.name}", int)()
-
-    def after(model: Any, **_: Any) -> None:
-        steps.pop(f"after {model.name}", int)()
-
-    # The functions make their clients, each with a copy of these events, when they first need them.
-    events = boto3.DEFAULT_SESSION.events
-    events.register("before-call", before)
-    events.register("after-call", after)
-    yield steps.__setitem__
-    events.unregister("before-call", before)
-    events.unregister("after-call", after)
 
 
 @pytest.fixture

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
-import boto3
 import pytest
-from botocore.exceptions import EndpointConnectionError
-from PIL import Image
 
+from tests.faults.calls import Killed
+from tests.functions.interruptions import die, fail, picture
 from tests.system import Answer, System, create_team
 
 PRICE = 1000
@@ -24,50 +20,10 @@ JOB = {"prompt": "a castle on a hill", "seed": 7}
 PATIENCE = 900 + 600
 
 
-class Killed(BaseException):
-    """The process is gone: nothing of it catches this."""
-
-
-def die() -> None:
-    raise Killed
-
-
-def fail() -> None:
-    raise EndpointConnectionError(endpoint_url="https://aws.example")
-
-
-@cache
-def picture(shade: int = 90) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (shade, 60, 30)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def at(system) -> Iterator[Callable[[str, Callable[[], Any]], None]]:
-    """Have something happen before or after the next AWS call of an operation."""
-    steps: dict[str, Callable[[], Any]] = {}
-
-    def before(model: Any, **_: Any) -> None:
-        steps.pop(f"before {model.name}", int)()
-
-    def after(model: Any, **_: Any) -> None:
-        steps.pop(f"after {model.name}", int)()
-
-    # The functions make their clients, each with a copy of these events, when they first need them.
-    events = boto3.DEFAULT_SESSION.events
-    events.register("before-call", before)
-    events.register("after-call", after)
-    # S3's test event.
-    assert system.take_in() == 1
-    yield steps.__setitem__
-    events.unregister("before-call", before)
-    events.unregister("after-call", after)
-
-
 @pytest.fixture
 def ready(system, at) -> System:
     """A system after S3's test event; `at` before it makes its clients."""
+    assert system.take_in() == 1
     return system
 
 
