@@ -1,4 +1,4 @@
-# Needs Python 3.11 or later, make and git. Everything else is installed into .venv and .venv-sam.
+# Needs Python 3.11 or later, make and git. Everything else is installed into .venv, .venv-sam and .venv-endpoint.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 
@@ -9,10 +9,19 @@ REGION ?=
 # Passed on: make test ARGS="tests/unit -k fetch", make run ARGS="--port 3100", make demo ARGS="photo.heic 'in winter'",
 # make admin ARGS="credits add acme 100".
 ARGS ?=
+# What `model` uploads, below which prefix, and whether with its safety checker (on).
+MODEL ?=
+BUCKET ?=
+URI ?= $(if $(BUCKET),s3://$(BUCKET)/models/)
+SAFETY_CHECKER ?= off
+# Where `endpoint-image` pushes to. A tag is never pushed twice: the stack would not see that its image has changed.
+REPOSITORY ?= img2img-endpoint
+TAG ?= $(shell date -u +%Y%m%d-%H%M%S)
 WORKERS ?= 2
 SAM_VERSION := 1.170.0
 
 PY := .venv/bin/python
+ENDPOINT_PY := .venv-endpoint/bin/python
 export SAM := $(CURDIR)/.venv-sam/bin/sam
 export SAM_CLI_TELEMETRY := 0
 export PYTHONPATH := layers/core/python
@@ -21,6 +30,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One file for each set of packages, newer than the lists it was installed from.
 RUN := .venv/.run
 DEV := .venv/.dev
+ENDPOINT_RUN := .venv-endpoint/.run
+ENDPOINT_DEV := .venv-endpoint/.dev
 SAM_CLI := .venv-sam/.sam-$(SAM_VERSION)
 
 # Without MAKEFLAGS: a PYTHON given to this make would reach the layer's and win over ours, which has pip.
@@ -28,14 +39,14 @@ SAM_BUILD = MAKEFLAGS= PYTHON=$(CURDIR)/$(PY) $(SAM) build
 
 in_region = $(if $(REGION),--region $(REGION))
 
-.PHONY: help install run demo test lint build deploy secret admin logs bench clean
+.PHONY: help install run demo test test-endpoint lint build deploy secret model endpoint-image admin logs bench bench-endpoint clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(DEV) $(SAM_CLI) ## Install all tools into .venv and .venv-sam; the other targets do it as needed
 
-run: $(RUN) ## Run the whole system on this machine: http://127.0.0.1:3000/v1 (SEGMIND_API_KEY=... for the real backend, ARGS="--port 3100")
+run: $(RUN) $(if $(filter sagemaker auto,$(BACKEND)),$(ENDPOINT_RUN)) ## Run the whole system on this machine: http://127.0.0.1:3000/v1 (SEGMIND_API_KEY=... for the real Segmind; BACKEND=sagemaker|auto with MODEL=FOLDER_OR_HUB_NAME and SAGEMAKER_INVOCATION=realtime; ARGS="--port 3100")
 	@$(PY) -m local run $(ARGS)
 
 demo: $(RUN) ## Turn events/sample.jpg, or ARGS="image prompt", into a new picture
@@ -43,6 +54,9 @@ demo: $(RUN) ## Turn events/sample.jpg, or ARGS="image prompt", into a new pictu
 
 test: $(DEV) $(SAM_CLI) ## Run the tests; ARGS="tests/unit -k name" picks some
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-endpoint: $(ENDPOINT_DEV) ## Run the tests of the SageMaker endpoint's container; ARGS="-k name" picks some
+	$(ENDPOINT_PY) -m pytest tests/endpoint $(ARGS)
 
 lint: $(DEV) ## Check style, types and the template
 	$(PY) -m ruff check .
@@ -61,6 +75,16 @@ deploy: $(DEV) $(SAM_CLI) ## Deploy to AWS; asks for the parameters the first ti
 secret: $(RUN) ## Store the Segmind key of a deployed stack; asks for it, or reads it from a pipe
 	@$(PY) -c "$$STORE_SECRET" "$(STACK)" "$(REGION)"
 
+model: $(RUN) $(ENDPOINT_RUN) ## Convert a model for the endpoint and put it into S3: MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME (or URI=s3://BUCKET/PREFIX/), SAFETY_CHECKER=on
+	@test -n "$(MODEL)" && test -n "$(URI)" || { echo "make model MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME" >&2; exit 2; }
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(ENDPOINT_PY) -m endpoint.weights $(if $(filter on,$(SAFETY_CHECKER)),--safety-checker) "$(MODEL)" "$$folder" && \
+	$(PY) -c "$$UPLOAD_MODEL" "$$folder" "$(URI)" "$(REGION)"
+
+endpoint-image: $(RUN) ## Build the endpoint's image with Docker and push it to ECR (REPOSITORY=img2img-endpoint)
+	@command -v docker >/dev/null || { echo "Docker is needed to build the image: https://docs.docker.com/get-docker/" >&2; exit 1; }
+	@$(PY) -c "$$PUSH_IMAGE" "$(REPOSITORY)" "$(TAG)" "$(REGION)"
+
 admin: $(RUN) ## Manage teams, keys and credits of a deployed stack: ARGS="team create acme"; ARGS=--help lists the commands
 	@$(PY) -m img2img --stack $(STACK) $(in_region) $(ARGS)
 
@@ -70,11 +94,14 @@ logs: $(SAM_CLI) ## Follow the logs of a deployed stack
 bench: $(DEV) ## Measure against floors taken in the same run
 	@$(PY) -m tests.bench
 
-clean: ## Remove everything that was installed, built or cached
-	rm -rf .venv .venv-sam .aws-sam .local .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find events functions layers local tests -name __pycache__ -type d -prune -exec rm -rf {} +
+bench-endpoint: $(ENDPOINT_DEV) ## Measure the endpoint against diffusers: ARGS="--seconds 540 --json FILE"
+	@TRANSFORMERS_VERBOSITY=error $(ENDPOINT_PY) -m tests.endpoint.bench $(ARGS)
 
-.venv/bin/python .venv-sam/bin/python:
+clean: ## Remove everything that was installed, built or cached
+	rm -rf .venv .venv-sam .venv-endpoint .aws-sam .local .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find endpoint events functions layers local tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python .venv-sam/bin/python .venv-endpoint/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, for example: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(firstword $(subst /, ,$@))
 
@@ -84,6 +111,16 @@ $(RUN): layers/dependencies/requirements.txt local/requirements.txt | .venv/bin/
 
 $(DEV): tests/requirements.txt $(RUN)
 	$(PY) -m pip install --quiet -r layers/dependencies/requirements.txt -r local/requirements.txt -r tests/requirements.txt
+	@touch $@
+
+# PyPI's torch brings gigabytes of CUDA along. Where pip is also offered a CPU build (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS
+# in the environment), it takes that one: 2.13.0+cpu is the later version.
+$(ENDPOINT_RUN): endpoint/requirements.txt | .venv-endpoint/bin/python
+	$(ENDPOINT_PY) -m pip install --quiet -r $<
+	@touch $@
+
+$(ENDPOINT_DEV): tests/endpoint/requirements.txt $(ENDPOINT_RUN)
+	$(ENDPOINT_PY) -m pip install --quiet -r endpoint/requirements.txt -r $<
 	@touch $@
 
 # On its own: SAM CLI pins packages that the tests have in other versions.
@@ -105,3 +142,46 @@ session.client("secretsmanager").put_secret_value(SecretId=secret, SecretString=
 print("Stored; running workers pick it up with their next job, within five minutes at most")
 endef
 export STORE_SECRET
+
+# The prefix is named after what lies below it: other weights are another address, which the stack sees.
+define UPLOAD_MODEL
+import hashlib, pathlib, sys, boto3
+folder, uri, region = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
+bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+if not uri.startswith("s3://") or not bucket or not uri.endswith("/"):
+    sys.exit("The URI must read s3://bucket/prefix/")
+files = sorted(path for path in folder.rglob("*") if path.is_file())
+total = hashlib.sha256()
+for path in files:
+    with path.open("rb") as opened:
+        total.update(f"{path.relative_to(folder)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+prefix += total.hexdigest()[:12] + "/"
+s3 = boto3.Session(region_name=region).client("s3")
+for path in files:
+    s3.upload_file(str(path), bucket, prefix + path.relative_to(folder).as_posix())
+print(f"ModelDataUri: s3://{bucket}/{prefix}")
+endef
+export UPLOAD_MODEL
+
+# The password never stands on a command line. SageMaker reads no image index, which attestations would make of the image.
+define PUSH_IMAGE
+import base64, os, subprocess, sys, boto3
+repository, tag, region = sys.argv[1], sys.argv[2], sys.argv[3] or None
+ecr = boto3.Session(region_name=region).client("ecr")
+try:
+    made = ecr.create_repository(repositoryName=repository, imageTagMutability="IMMUTABLE", imageScanningConfiguration={"scanOnPush": True})
+    address = made["repository"]["repositoryUri"]
+except ecr.exceptions.RepositoryAlreadyExistsException:
+    address = ecr.describe_repositories(repositoryNames=[repository])["repositories"][0]["repositoryUri"]
+image = f"{address}:{tag}"
+def docker(*arguments, **options):
+    if subprocess.run(["docker", *arguments], env={**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}, **options).returncode:
+        sys.exit(f"docker {arguments[0]} failed")
+docker("build", "--platform", "linux/amd64", "--tag", image, "endpoint")
+login = ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"]
+user, _, password = base64.b64decode(login).decode().partition(":")
+docker("login", "--username", user, "--password-stdin", address.partition("/")[0], input=password, text=True)
+docker("push", image)
+print(f"EndpointImageUri: {image}")
+endef
+export PUSH_IMAGE

@@ -1,0 +1,168 @@
+"""Loading a model, its texts and schedulers, and compiling it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+from endpoint.engine import Engine
+from endpoint.lane import Lane
+from endpoint.model import SCHEDULERS, Model, bucket, save_tiny
+from endpoint.samples import Texts
+from tests.endpoint.asked import Watched, assert_equal, request
+
+
+def with_scheduler(tiny, folder, **changes):
+    """Copy the tiny model, with other entries in its scheduler's file; None takes one out."""
+    shutil.copytree(tiny, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return folder
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"model_index\.json"):
+        Model.load(tmp_path)
+
+
+def test_a_safety_checker_that_is_not_there_is_not_left_out_silently(tiny):
+    with pytest.raises(ValueError, match="no safety checker"):
+        Model.load(tiny, safety_checker=True)
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDIMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("entry", [None, True], ids=["absent", "set"])
+def test_no_scheduler_clips(tiny, tmp_path, kind, entry):
+    model = Model.load(with_scheduler(tiny, tmp_path / "model", _class_name=kind, clip_sample=entry))
+    assert [name for name in SCHEDULERS if model.scheduler(name).config.get("clip_sample")] == []
+
+
+def test_a_scheduler_that_clips_is_refused(tiny, tmp_path):
+    folder = with_scheduler(tiny, tmp_path / "model", _class_name="DDIMScheduler", thresholding=True)
+    with pytest.raises(ValueError, match="clips samples"):
+        Model.load(folder)
+
+
+def test_a_plan_is_made_once(model):
+    # 20 * 0.31 and 20 * 0.34 are both six steps.
+    assert model.plan("LMS", 20, 0.31) is model.plan("LMS", 20, 0.34)
+    assert model.plan("LMS", 20, 0.31) is not model.plan("LMS", 20, 0.36)
+
+
+def test_a_long_prompt_is_cut_as_the_pipeline_cuts_it_and_stays_out_of_the_logs(model, reference, caplog):
+    asked = request(prompt="secret " * 100, negative_prompt="hidden" * 50, strength=0.1)
+    engine = Engine(model)
+    with caplog.at_level(logging.DEBUG):
+        made = engine.submit(asked).result(60).pixels
+    engine.stop()
+    assert "secret" not in caplog.text
+    assert_equal(made, reference(asked))
+    assert "secret" not in repr(asked)
+
+
+def test_texts_are_encoded_once_and_the_oldest_forgotten(model):
+    encoded: list[int] = []
+
+    def encoder(tokens):
+        encoded.append(len(tokens))
+        return model.pipeline.text_encoder(tokens)
+
+    counted = replace(model, pipeline=Parts(model.pipeline, text_encoder=encoder))
+    texts = Texts(counted, Lane(), kept=3)
+    with torch.inference_mode():
+        first = texts.encode(["a", "b", "a"])
+        assert encoded == [2]
+        again = texts.encode(["a", "c"])
+        assert encoded == [2, 1]
+        assert torch.equal(first["a"], again["a"])
+        texts.encode(["d"])
+        assert len(texts) == 3
+        texts.encode(["a", "c", "d"])
+        assert encoded == [2, 1, 1]
+        texts.encode(["b"])
+        assert encoded == [2, 1, 1, 1]
+        # More at once than are kept.
+        assert len(texts.encode(["e", "f", "g", "h", "i"])) == 5
+        assert len(texts) == 3
+
+
+class Parts:
+    """A pipeline with other parts."""
+
+    def __init__(self, pipeline, **parts):
+        self._pipeline = pipeline
+        vars(self).update(parts)
+
+    def __getattr__(self, name):
+        return getattr(self._pipeline, name)
+
+
+def test_a_call_that_is_filled_up_gives_the_same(model):
+    filled = Watched(replace(model, unet_rows=(1, 2, 4, 8), decode_rows=(4,)))
+    latents, steps, embeds = torch.randn(3, 4, 8, 8), torch.tensor([1.0, 500.0, 999.0]), torch.randn(3, 77, 32)
+    with torch.inference_mode():
+        noise = filled.model.noise(latents, steps, embeds)
+        assert [shape[0] for shape in filled.calls] == [4]
+        assert noise.shape == latents.shape
+        torch.testing.assert_close(noise, model.noise(latents, steps, embeds), rtol=0, atol=1e-5)
+        torch.testing.assert_close(filled.model.decode(latents), model.decode(latents), rtol=0, atol=1e-5)
+
+
+def test_buckets():
+    assert [bucket(rows, (1, 2, 4)) for rows in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 5]
+    assert bucket(3, ()) == 3
+
+
+def has_compiler() -> bool:
+    try:
+        cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiled_it_gives_the_same(model):
+    # A UNet of one level: the tiny one takes half a minute to compile, and each batch again.
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    pipeline = StableDiffusionImg2ImgPipeline(
+        **{**model.pipeline.components, "unet": unet.eval()}, requires_safety_checker=False
+    )
+    made = []
+    for how in ("off", "default"):
+        small = Model.of(pipeline, compile=how)
+        engine = Engine(replace(small, unet_rows=small.unet_rows[1:2], decode_rows=(), decoder=pipeline.vae.decode))
+        engine.warm_up([(64, 64)])
+        made.append(engine.submit(request(strength=0.3)).result(120).pixels)
+        engine.stop()
+    assert small.unet is not unet
+    assert_equal(made[1], made[0])
+
+
+def test_the_tiny_model_is_the_same_each_time(model, tmp_path):
+    save_tiny(tmp_path / "again")
+    again = Model.load(tmp_path / "again")
+    for name, tensor in model.pipeline.unet.state_dict().items():
+        assert np.array_equal(tensor.numpy(), again.pipeline.unet.state_dict()[name].numpy())
