@@ -184,6 +184,15 @@ def _finish(aws: Aws, ids: Mapping[str, str], resolved: Json) -> None:
             TableName=ids[name],
             TimeToLiveSpecification={"AttributeName": specification["AttributeName"], "Enabled": True},
         )
+    for subscription in resolved["subscriptions"].values():
+        raw = subscription.get("RawMessageDelivery")
+        aws.client("sns").subscribe(
+            TopicArn=subscription["TopicArn"],
+            Protocol=subscription["Protocol"],
+            Endpoint=subscription["Endpoint"],
+            # moto takes any text for a yes.
+            Attributes={"RawMessageDelivery": "true"} if str(raw).lower() == "true" else {},
+        )
     s3 = aws.client("s3")
     for name, properties in resolved["buckets"].items():
         if rules := properties.get("CorsConfiguration", {}).get("CorsRules"):

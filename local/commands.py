@@ -14,18 +14,29 @@ from pathlib import Path
 
 import requests
 
+from local.container import PYTHON, EndpointError
 from local.demo import DEFAULT_PROMPT, SAMPLE, DemoFailed, demo
 from local.functions import FunctionError
-from local.stack import API_KEY, LOGS, PRESET, ROOT, TEAM, Stack
+from local.stack import API_KEY, BACKENDS, INVOCATIONS, LOGS, PRESET, ROOT, TEAM, Stack
 from local.template import TemplateError
 
 PORT = 3000
 _ENV = ROOT / ".local" / "aws.env"
 _SHORTEST_KEY = 20
+_VARIABLES = """environment variables:
+  SEGMIND_API_KEY       calls the real Segmind instead of a simulated one
+  BACKEND               segmind (the default), sagemaker, or auto for both
+  MODEL                 what the endpoint serves: a folder, or a name on a hub; without it random weights
+  SAGEMAKER_INVOCATION  how the endpoint is called: async (the default) or realtime
+  API_KEY               the API's first key
+"""
 
 
-class UnusableKey(Exception):
-    """API Gateway would not take the key that was chosen."""
+class Unusable(Exception):
+    """What the environment chose cannot be had."""
+
+
+_SAID_PLAINLY = (DemoFailed, EndpointError, FunctionError, TemplateError, Unusable, requests.RequestException)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.action(options))
-    except (DemoFailed, FunctionError, TemplateError, UnusableKey, requests.RequestException) as error:
+    except _SAID_PLAINLY as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
@@ -45,11 +56,22 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m local", description="The whole system on one machine.")
     commands = parser.add_subparsers(required=True, metavar="run|demo")
-    run = commands.add_parser("run", help="run the system until Ctrl-C")
+    run = commands.add_parser(
+        "run",
+        help="run the system until Ctrl-C",
+        epilog=_VARIABLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     run.set_defaults(action=_run)
     run.add_argument("--port", type=_port, default=PORT, help="where the API listens (default: %(default)s)")
     run.add_argument(
         "--latency", type=float, default=1.0, help="seconds that a simulated picture takes (default: %(default)s)"
+    )
+    run.add_argument(
+        "--endpoint-python",
+        type=Path,
+        default=PYTHON,
+        help="interpreter that has the endpoint's packages (default: .venv-endpoint/bin/python)",
     )
     run.add_argument("--verbose", action="store_true", help="the functions' logs on the terminal instead of in files")
     run.add_argument("--logs", type=Path, default=LOGS, help="folder of the logs (default: .local/logs)")
@@ -78,18 +100,33 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _new_stack(port: int, *, latency: float, logs: Path = LOGS, verbose: bool = False) -> Stack:
+def _new_stack(
+    port: int, *, latency: float, logs: Path = LOGS, verbose: bool = False, endpoint_python: Path = PYTHON
+) -> Stack:
     api_key = _api_key()
     if len(api_key) < _SHORTEST_KEY:
-        raise UnusableKey(f"API_KEY must have at least {_SHORTEST_KEY} characters, as in API Gateway")
+        raise Unusable(f"API_KEY must have at least {_SHORTEST_KEY} characters, as in API Gateway")
     return Stack(
         port,
         segmind_key=os.environ.get("SEGMIND_API_KEY"),
         latency=latency,
         api_key=api_key,
+        backend=_chosen("BACKEND", BACKENDS),
+        invocation=_chosen("SAGEMAKER_INVOCATION", INVOCATIONS),
+        model=os.environ.get("MODEL") or None,
+        endpoint_python=endpoint_python.absolute(),
+        progress=lambda text: print(text, flush=True),
         logs=logs,
         verbose=verbose,
     )
+
+
+def _chosen(name: str, choices: tuple[str, ...]) -> str:
+    """Return what a variable of the environment says, the first choice where it says nothing."""
+    value = os.environ.get(name) or choices[0]
+    if value not in choices:
+        raise Unusable(f"{name} must be one of {', '.join(choices)}")
+    return value
 
 
 def _api_key() -> str:
@@ -100,7 +137,13 @@ def _run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     logs, env = options.logs.resolve(), options.env.resolve()
     with (
-        _new_stack(options.port, latency=options.latency, logs=logs, verbose=options.verbose) as stack,
+        _new_stack(
+            options.port,
+            latency=options.latency,
+            logs=logs,
+            verbose=options.verbose,
+            endpoint_python=options.endpoint_python,
+        ) as stack,
         _env_file(env, stack),
     ):
         shown = "on this terminal" if options.verbose else _short(logs)
@@ -141,9 +184,6 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _welcome(stack: Stack, seconds: float, logs: str, env: Path) -> str:
-    backend = "the real API, with the key of SEGMIND_API_KEY"
-    if stack.segmind:
-        backend = f"simulated; its answers are controlled at {stack.segmind.control_url}"
     # Through pipes: one argument of a command may not be as long as an image is.
     sample, shell = _short(SAMPLE), shlex.quote(_short(env))
     curl = (
@@ -154,13 +194,31 @@ def _welcome(stack: Stack, seconds: float, logs: str, env: Path) -> str:
     return (
         f"API      {stack.url}   (ready after {seconds:.1f} s, Ctrl-C stops it)\n"
         f"Key      {stack.api_key}   (header x-api-key; team {TEAM})\n"
-        f"Segmind  {backend}\n"
+        f"{_backends(stack)}"
         f"Logs     {logs}\n"
         f'Admin    . {shell}; make admin ARGS="team list"\n'
         f"Inbox    . {shell}; aws s3 cp {sample} s3://{stack.resources['UploadsBucket']}/inbox/{TEAM}/{PRESET}/\n"
         f"Outbox   aws s3 ls s3://{stack.resources['ResultsBucket']}/outbox/{TEAM}/{PRESET}/\n"
         f"Try\n  {curl}"
     )
+
+
+def _backends(stack: Stack) -> str:
+    if stack.segmind:
+        lines = [f"Segmind  simulated; its answers are controlled at {stack.segmind.control_url}"]
+    elif stack.backend != "sagemaker":
+        lines = ["Segmind  the real API, with the key of SEGMIND_API_KEY"]
+    else:
+        lines = []
+    if stack.sagemaker:
+        kind = "asynchronous" if stack.sagemaker.endpoint.asynchronous else "real-time"
+        model = stack.model or "a tiny one with random weights: its pictures are noise (MODEL=... serves another)"
+        after = ", for what Segmind does not take" if stack.backend == "auto" else ""
+        lines += [
+            f"Endpoint SageMaker, {kind}{after}; controlled at {stack.sagemaker.control_url}",
+            f"Model    {model}",
+        ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _short(path: Path) -> str:

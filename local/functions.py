@@ -110,6 +110,10 @@ class Function:
                 self._write({"level": "ERROR", "message": description.get("errorMessage"), "function": self.spec.name})
         return result
 
+    def renew(self) -> None:
+        """Have the next invocations run in new sandboxes, which remember nothing, as after a deployment."""
+        self._api.dismiss()
+
     @property
     def alive(self) -> bool:
         return self._process.poll() is None

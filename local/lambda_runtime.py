@@ -142,6 +142,13 @@ class RuntimeApi:
                 message = f"RequestId: {invocation.id} Error: Runtime exited with error: {reason}"
                 self._finish(invocation, failure("Runtime.ExitError", message))
 
+    def dismiss(self) -> None:
+        """Let every sandbox end with what it works on."""
+        with self._changed:
+            self._doomed |= self._returning | {i.sandbox for i in self._running.values() if i.sandbox}
+            self._waiters.clear()
+            self._changed.notify_all()
+
     def break_down(self, result: Result) -> None:
         """Give `result` to every invocation from now on: the function cannot start."""
         with self._changed:

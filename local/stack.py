@@ -19,10 +19,12 @@ from img2img.presets import PresetStore
 from img2img.teams import TeamStore
 from local.api_keys import ApiKeys
 from local.aws import STACK_NAME, Aws, provision
+from local.container import PYTHON, Container, Progress, tiny_model
 from local.functions import Function, FunctionError
 from local.gateway import Gateway
 from local.lambda_runtime import Result
 from local.pollers import Clock, QueuePoller
+from local.sagemaker import SageMaker
 from local.segmind import SegmindStandIn
 from local.template import Application, Blueprint, FunctionSpec
 
@@ -30,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".local" / "logs"
 API_KEY = "local-development-key"
 TEAM = "local"
+BACKENDS = ("segmind", "sagemaker", "auto")
+INVOCATIONS = ("async", "realtime")
 PRESET = "soft"
 _PRESET_FIELDS = {"prompt": "A soft watercolour painting", "strength": 0.4}
 _CREDITS = 1_000_000  # thousandths
@@ -43,8 +47,12 @@ class Stack:
 
     `url` is where the API listens, `api_key` the key of its first team, which has a thousand credits and a preset, and
     `api_key_id` that key's id; `segmind` is the stand-in (None with a key of Segmind's: then the real API is called),
-    `resources` the physical ids by logical id, `logs` the folder with a file for each function, `environment` what each
-    function runs with. With `schedules=False` the clock stands still.
+    `sagemaker` the front of the endpoint; what the backend does not use is None. `resources` are the physical ids by
+    logical id, `logs` is the folder with a file for each function, `environment` what each function runs with. With
+    `schedules=False` the clock stands still.
+
+    The endpoint serves `model`, a folder or a name on a hub, or else a tiny one with random weights; it runs under the
+    interpreter `endpoint_python`, unless `container` is the address of one that runs already.
     """
 
     def __init__(
@@ -55,6 +63,12 @@ class Stack:
         latency: float = 0.0,
         segmind_port: int = 0,
         api_key: str = API_KEY,
+        backend: str = BACKENDS[0],
+        invocation: str = INVOCATIONS[0],
+        model: str | None = None,
+        container: str | None = None,
+        endpoint_python: Path = PYTHON,
+        progress: Progress = lambda _: None,
         parameters: Mapping[str, str] | None = None,
         environment: Mapping[str, str] | None = None,
         template: Path = ROOT / "template.yaml",
@@ -65,14 +79,22 @@ class Stack:
         self.api_key = api_key
         self.api_key_id = ""
         self.logs = logs
+        self.backend = backend
+        self.model = model
         self.segmind: SegmindStandIn | None = None
+        self.sagemaker: SageMaker | None = None
         self.resources: Mapping[str, str] = {}
         self.functions: dict[str, Function] = {}
         self.environment: dict[str, Mapping[str, str]] = {}
         self._port = port
         self._segmind_key = segmind_key
         self._segmind = (segmind_port, latency)
-        self._parameters = dict(parameters or {})
+        self._container_url = container
+        self._container: Container | None = None
+        self._endpoint_python = endpoint_python
+        self._progress = progress
+        chosen = {} if backend == BACKENDS[0] else {"Backend": backend, "SageMakerInvocation": invocation}
+        self._parameters = chosen | dict(parameters or {})
         self._overrides = dict(environment or {})
         self._template = template
         self._verbose = verbose
@@ -130,7 +152,8 @@ class Stack:
 
     @property
     def alive(self) -> bool:
-        return self._moto.alive and all(function.alive for function in self.functions.values())
+        serving = self._container is None or self._container.alive
+        return serving and self._moto.alive and all(function.alive for function in self.functions.values())
 
     def log_lines(self, function: str | None = None) -> Iterator[str]:
         """Return what the functions, or one of them, wrote so far."""
@@ -140,7 +163,8 @@ class Stack:
     def start(self) -> None:
         """Start everything, and return when all of it is ready.
 
-        Raises `OSError` when the port is taken, `FunctionError` when a function cannot start.
+        Raises `OSError` when the port is taken, `FunctionError` when a function cannot start, `EndpointError` when the
+        endpoint cannot.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         # What is registered first is stopped last. The port comes first: whether it is free shows at once.
@@ -148,16 +172,20 @@ class Stack:
         self._ending.callback(gateway.stop)
         aws = self._aws = Aws(self._fresh_log("moto"))
         self._ending.callback(aws.close)
+        if self.backend != "segmind":
+            self._start_container()  # first: it takes the longest
         blueprint = Blueprint.load(self._template, self._parameters)
         aws.wait_until_ready()
         self.resources, resolved = provision(aws, blueprint)
         application = Application.read(resolved, blueprint)
-        shared = aws.environment | self._start_segmind() | self._overrides
+        shared = aws.environment | self._start_segmind() | self._start_sagemaker(application) | self._overrides
         for spec in application.functions:
             self._start_function(spec, shared, application)
         self._create_team()  # while the functions start
         for function in self.functions.values():
             function.wait_until_ready()
+        if self._container:
+            self._container.wait_until_ready(self._progress)
         self._start_triggers(application)
         keys = ApiKeys(self.client("apigateway"), self.resources["UsagePlan"])
         gateway.serve(application.api, self._call, keys.id_of)
@@ -170,11 +198,31 @@ class Stack:
         """Store the key, and return what the functions need to reach the backend."""
         secret = self.resources["SegmindSecret"]
         self.client("secretsmanager").put_secret_value(SecretId=secret, SecretString=self._segmind_key or _STAND_IN_KEY)
-        if self._segmind_key:
+        if self._segmind_key or self.backend == "sagemaker":
             return {}
         port, latency = self._segmind
         self.segmind = self._ending.enter_context(SegmindStandIn(_STAND_IN_KEY, port=port, latency=latency))
         return {"SEGMIND_BASE_URL": self.segmind.url}
+
+    def _start_container(self) -> None:
+        if self._container_url:
+            return
+        log, python = self._fresh_log("endpoint"), self._endpoint_python
+        model = self.model or str(tiny_model(log, python, self._progress))
+        self._container = Container(model, log, python)
+        self._container_url = self._container.url
+        self._ending.callback(self._container.close)
+
+    def _start_sagemaker(self, application: Application) -> dict[str, str]:
+        """Put SageMaker in front of the container, and return what the functions need to reach it."""
+        if not (application.endpoint and self._container_url):
+            return {}
+        front = SageMaker(application.endpoint, self._container_url, self.client)
+        self.sagemaker = self._ending.enter_context(front)
+        if self._container:
+            # Before the front, which waits for what it has asked of the container.
+            self._ending.callback(self._container.close)
+        return self.sagemaker.environment
 
     def _start_function(self, spec: FunctionSpec, shared: Mapping[str, str], application: Application) -> None:
         limits = [mapping.max_concurrency for mapping in application.mappings if mapping.function == spec.name]

@@ -1,7 +1,8 @@
 """template.yaml as the local machine needs it: translated by SAM, and read back as functions, routes and triggers.
 
-Reading goes in two steps. `Blueprint` holds what the translated template says, intrinsics and all; CloudFormation
-(moto's, see `aws.py`) resolves them, and `Application.read` turns the resolved values into typed ones.
+Reading goes in two steps. `Blueprint` holds what the translated template says under the given parameters, intrinsics
+and all but for conditions; CloudFormation (moto's, see `aws.py`) resolves them, and `Application.read` turns the
+resolved values into typed ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from samtranslator.parser.parser import Parser
 from samtranslator.translator.translator import Translator
 from samtranslator.yaml_helper import yaml_parse
 
+from local.conditions import ConditionError, as_text, under_conditions
+
 REGION = "us-east-1"
 ACCOUNT = "123456789012"
 Json = dict[str, Any]
+_PSEUDO_PARAMETERS = {"AWS::Region": REGION, "AWS::AccountId": ACCOUNT, "AWS::Partition": "aws"}
 
 # What CloudFormation makes in moto. Everything else of the template is played by this package, or plays no role here.
 _DATA_TYPES = {
@@ -29,8 +33,10 @@ _DATA_TYPES = {
     "AWS::S3::Bucket",
     "AWS::SQS::Queue",
     "AWS::SNS::Topic",
-    "AWS::SNS::Subscription",
 }
+_SUBSCRIPTION = "AWS::SNS::Subscription"
+_ENDPOINT = "AWS::SageMaker::Endpoint"
+_ENDPOINT_CONFIG = "AWS::SageMaker::EndpointConfig"
 _SECRET = "AWS::SecretsManager::Secret"  # noqa: S105 (a resource type)
 _USAGE_PLAN = "AWS::ApiGateway::UsagePlan"
 
@@ -76,11 +82,32 @@ class ApiSpec:
 
 
 @dataclass(frozen=True)
+class AsyncSpec:
+    """How an endpoint takes asynchronous invocations; without a topic nobody is told."""
+
+    concurrency: int
+    outputs: str
+    failures: str
+    success_topic: str = ""
+    error_topic: str = ""
+
+
+@dataclass(frozen=True)
+class EndpointSpec:
+    """A SageMaker endpoint: a real-time one where `asynchronous` is None."""
+
+    name: str
+    variant: str
+    asynchronous: AsyncSpec | None = None
+
+
+@dataclass(frozen=True)
 class Application:
     functions: tuple[FunctionSpec, ...]
     api: ApiSpec
     mappings: tuple[QueueMapping, ...]
     schedules: tuple[Schedule, ...]
+    endpoint: EndpointSpec | None = None
 
     @classmethod
     def read(cls, resolved: Json, blueprint: Blueprint) -> Application:
@@ -93,7 +120,7 @@ class Application:
                 handler=properties["Handler"],
                 timeout=int(properties.get("Timeout", 3)),
                 memory=int(properties.get("MemorySize", 128)),
-                environment={key: _text(value) for key, value in _variables(properties).items()},
+                environment={key: as_text(value) for key, value in _variables(properties).items()},
             )
             for name, properties in resolved["functions"].items()
         )
@@ -111,7 +138,8 @@ class Application:
             Schedule(name, properties["function"], _rate(properties["ScheduleExpression"]), properties["input"])
             for name, properties in resolved["schedules"].items()
         )
-        return cls(functions, ApiSpec(resolved["api"]["stage"], resolved["api"]["body"]), mappings, schedules)
+        api = ApiSpec(resolved["api"]["stage"], resolved["api"]["body"])
+        return cls(functions, api, mappings, schedules, _endpoint_spec(resolved["endpoints"]))
 
 
 @dataclass(frozen=True)
@@ -145,13 +173,17 @@ class Blueprint:
             if name not in template.get("Parameters", {}):
                 raise TemplateError(f"the template has no parameter {name}")
             template["Parameters"][name]["Default"] = value
+        try:
+            template = _with_endpoint_names(under_conditions(template, _PSEUDO_PARAMETERS))
+        except ConditionError as error:
+            raise TemplateError(str(error)) from None
         resources: Json = template["Resources"]
         data = _data_resources(resources)
         secrets = _of_type(resources, _SECRET)
         usage_plans = tuple(_of_type(resources, _USAGE_PLAN))
         return cls(
             stack={
-                **_only(template, "Parameters", "Conditions", "Mappings"),
+                **_only(template, "Parameters", "Mappings"),
                 "Resources": data,
                 "Outputs": _outputs(template, {*data, *secrets, *usage_plans}),
             },
@@ -174,6 +206,8 @@ class Blueprint:
                     for name, p in _of_type(resources, "AWS::DynamoDB::Table").items()
                     if "TimeToLiveSpecification" in p
                 },
+                "subscriptions": _of_type(resources, _SUBSCRIPTION),
+                "endpoints": _endpoints(resources),
             },
             directories=directories,
             layers=layers,
@@ -209,6 +243,30 @@ def _translate(source: Json, parameters: Mapping[str, str]) -> Json:
     return translated
 
 
+def _with_endpoint_names(template: Json) -> Json:
+    """Return the template with the endpoint's name wherever it is asked for: CloudFormation makes no endpoint here."""
+    names = {
+        name: properties.get("EndpointName", "local-endpoint")
+        for name, properties in _of_type(template["Resources"], _ENDPOINT).items()
+    }
+
+    def named(value: Any) -> Any:
+        match value:
+            case {"Fn::GetAtt": [str(name), "EndpointName"]} if name in names:
+                return names[name]
+            case dict():
+                return {key: named(item) for key, item in value.items()}
+            case list():
+                return [named(item) for item in value]
+            case _:
+                return value
+
+    result: Json = named(template)
+    for name, endpoint_name in names.items():
+        result["Resources"][name].setdefault("Properties", {})["EndpointName"] = endpoint_name
+    return result
+
+
 def _of_type(resources: Json, kind: str) -> dict[str, Json]:
     return {name: r.get("Properties", {}) for name, r in resources.items() if r["Type"] == kind}
 
@@ -217,7 +275,7 @@ def _data_resources(resources: Json) -> Json:
     kept: Json = {}
     for name, resource in resources.items():
         if resource["Type"] in _DATA_TYPES:
-            kept[name] = _only(resource, "Type", "Properties", "Condition")
+            kept[name] = _only(resource, "Type", "Properties")
     return kept
 
 
@@ -236,7 +294,10 @@ def _references(value: Any) -> Iterator[str]:
     match value:
         case {"Ref": str(name)} | {"Fn::GetAtt": [str(name), *_]}:
             yield name
-        case {"Fn::Sub": str(text) | [str(text), *_]}:
+        case {"Fn::Sub": [str(text), dict(given)]}:
+            yield from (name for name in _references({"Fn::Sub": text}) if name not in given)
+            yield from _references(given)
+        case {"Fn::Sub": str(text)}:
             yield from re.findall(r"\$\{([\w:]+)", text)
         case dict():
             for item in value.values():
@@ -253,10 +314,6 @@ def _only(properties: Json, *keys: str) -> Json:
 def _variables(properties: Json) -> Json:
     variables: Json = properties.get("Environment", {}).get("Variables", {})
     return variables
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _target(resources: Json, reference: Any) -> str:
@@ -286,6 +343,39 @@ def _api(resources: Json) -> Json:
             if integration.get("type") == "aws_proxy":
                 operation["x-local-function"] = _target(resources, integration.pop("uri"))
     return {"stage": stage["StageName"], "body": body}
+
+
+def _endpoints(resources: Json) -> Json:
+    configs = list(_of_type(resources, _ENDPOINT_CONFIG).values())
+    endpoints = _of_type(resources, _ENDPOINT)
+    if len(endpoints) > 1 or len(configs) != len(endpoints):
+        raise TemplateError("the local machine runs one SageMaker endpoint with one configuration")
+    return {
+        name: {
+            "EndpointName": properties["EndpointName"],
+            "VariantName": config["ProductionVariants"][0]["VariantName"],
+            **_only(config, "AsyncInferenceConfig"),
+        }
+        for (name, properties), config in zip(endpoints.items(), configs, strict=True)
+    }
+
+
+def _endpoint_spec(resolved: Json) -> EndpointSpec | None:
+    for properties in resolved.values():
+        spec = EndpointSpec(properties["EndpointName"], properties["VariantName"])
+        if "AsyncInferenceConfig" not in properties:
+            return spec
+        output = properties["AsyncInferenceConfig"]["OutputConfig"]
+        topics = output.get("NotificationConfig", {})
+        asynchronous = AsyncSpec(
+            concurrency=int(properties["AsyncInferenceConfig"]["ClientConfig"]["MaxConcurrentInvocationsPerInstance"]),
+            outputs=output["S3OutputPath"],
+            failures=output["S3FailurePath"],
+            success_topic=topics.get("SuccessTopic", ""),
+            error_topic=topics.get("ErrorTopic", ""),
+        )
+        return replace(spec, asynchronous=asynchronous)
+    return None
 
 
 def _mappings(resources: Json) -> Iterator[tuple[str, Json]]:

@@ -21,6 +21,7 @@ os.environ.update(
         "SEGMIND_SECRET_ID": "segmind",
         "UPLOADS_QUEUE_URL": "https://sqs.eu-west-1.amazonaws.com/123456789012/uploads",
         "JOBS_QUEUE_URL": "https://sqs.eu-west-1.amazonaws.com/123456789012/jobs",
+        "RESULTS_QUEUE_URL": "https://sqs.eu-west-1.amazonaws.com/123456789012/results",
     }
 )
 

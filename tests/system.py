@@ -1,7 +1,8 @@
-"""The three functions in one process: moto for AWS, the Segmind stand-in over a real socket, a clock that tests move.
+"""The functions in one process: moto for AWS, the Segmind stand-in over a real socket, a clock that tests move.
 
 `System.api()` sends one REST proxy event, `System.deliver()` hands the queued messages to the worker once, as Lambda
-does: a message that is reported as failed stays, one that is not is deleted.
+does: a message that is reported as failed stays, one that is not is deleted. With another backend there is a SageMaker
+front with a container behind it as well, and `System.hear()` hands its notices to the collect function.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import pathlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import boto3
+import pytest
 from moto import mock_aws
 from moto.moto_api._internal import moto_api_backend
 from moto.moto_api._internal.models import MotoAPIBackend
@@ -29,11 +31,15 @@ from img2img.audit import audit
 from img2img.credits import Account
 from local.moto_speed import make_fast
 from local.s3_notices import add_sequencers
+from local.sagemaker import SageMaker
 from local.segmind import SegmindStandIn
+from local.template import AsyncSpec, EndpointSpec
+from tests.container import FakeContainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SEGMIND_KEY = "SG_0123456789abcdef"
 API_KEY_ID = "key-of-the-test"
+ENDPOINT = "img2img-endpoint"
 
 
 class Context:
@@ -127,11 +133,13 @@ def function(name: str) -> ModuleType:
 
 @dataclass
 class System:
-    """A deployment in memory."""
+    """A deployment in memory. `container` and `sagemaker` are None where Segmind is the only backend."""
 
     services: bootstrap.Services
     segmind: SegmindStandIn
     clock: Clock
+    container: FakeContainer | None = None
+    sagemaker: SageMaker | None = None
     sqs: Any = field(default_factory=lambda: boto3.client("sqs"))
     s3: Any = field(default_factory=lambda: boto3.client("s3"))
     dynamodb: Any = field(default_factory=lambda: boto3.client("dynamodb"))
@@ -206,6 +214,10 @@ class System:
         """Run the ingest function on one of S3's notices, as `work` does."""
         return self._handle("ingest", "uploads", record)
 
+    def collect(self, record: dict[str, Any]) -> bool:
+        """Run the collect function on one of SageMaker's notices, as `work` does."""
+        return self._handle("collect", "results", record)
+
     def _handle(self, name: str, queue: str, record: dict[str, Any]) -> bool:
         answer = function(name).handler({"Records": [record]}, Context(60))
         if answer["batchItemFailures"]:
@@ -216,6 +228,18 @@ class System:
     def take_in(self) -> int:
         """Hand every visible notice to the ingest function once; return how many are done with."""
         return sum(self.ingest(record) for record in self.receive("uploads"))
+
+    def settle(self) -> None:
+        """Wait until the endpoint has answered, and given notice of, everything that it was asked."""
+        assert self.sagemaker
+        for invocation in list(self.sagemaker.invocations):
+            assert invocation.done.wait(30), "the endpoint does not answer"
+
+    def hear(self) -> int:
+        """Wait for the endpoint, and hand every visible notice to the collect function once; return how many are done
+        with."""
+        self.settle()
+        return sum(self.collect(record) for record in self.receive("results"))
 
     def deliver(self) -> int:
         """Hand every visible message to the worker once; return how many are done with."""
@@ -232,7 +256,7 @@ class System:
 
 
 def queue_url(queue: str) -> str:
-    """Return the address of the queue `jobs` or `uploads`."""
+    """Return the address of the queue `jobs`, `uploads` or `results`."""
     return os.environ[f"{queue.upper()}_QUEUE_URL"]
 
 
@@ -273,8 +297,13 @@ def _create_resources() -> None:
     )
     for bucket in ("uploads", "results"):
         boto3.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
-    for queue in ("jobs", "uploads"):
+    for queue in ("jobs", "uploads", "results"):
         boto3.client("sqs").create_queue(QueueName=queue, Attributes={"VisibilityTimeout": "0"})
+    for topic in ("succeeded", "failed"):
+        arn = boto3.client("sns").create_topic(Name=topic)["TopicArn"]
+        boto3.client("sns").subscribe(
+            TopicArn=arn, Protocol="sqs", Endpoint="arn:aws:sqs:eu-west-1:123456789012:results"
+        )
     arn = "arn:aws:sqs:eu-west-1:123456789012:uploads"
     noticed = [
         {
@@ -312,17 +341,40 @@ def create_team(services: bootstrap.Services, team: str = "default", key_id: str
     services.credits.add(team, 1_000_000_000)
 
 
+def _endpoint(*, asynchronous: bool) -> EndpointSpec:
+    topics = (f"arn:aws:sns:eu-west-1:123456789012:{name}" for name in ("succeeded", "failed"))
+    spec = AsyncSpec(4, "s3://uploads/answers/", "s3://uploads/failures/", *topics)
+    return EndpointSpec(ENDPOINT, "main", spec if asynchronous else None)
+
+
 @contextmanager
-def running_system() -> Iterator[System]:
+def running_system(backend: str = "segmind", *, asynchronous: bool = True) -> Iterator[System]:
     """Start a deployment in memory, empty."""
     fresh_aws()
-    with SegmindStandIn(SEGMIND_KEY) as segmind:
-        os.environ["SEGMIND_BASE_URL"] = segmind.url
+    with ExitStack() as ending:
+        segmind = ending.enter_context(SegmindStandIn(SEGMIND_KEY))
+        environment = {"SEGMIND_BASE_URL": segmind.url, "BACKEND": backend}
+        container = front = None
+        if backend != "segmind":
+            container = ending.enter_context(FakeContainer())
+            spec = _endpoint(asynchronous=asynchronous)
+            # With a session of its own: its calls of AWS are none of the functions'.
+            front = ending.enter_context(SageMaker(spec, container.url, boto3.Session().client))
+            # Before the front goes: it waits for what the container has not answered.
+            ending.callback(container.release)
+            environment |= {
+                **front.environment,
+                "SAGEMAKER_ENDPOINT": ENDPOINT,
+                "SAGEMAKER_INVOCATION": "async" if asynchronous else "realtime",
+            }
+        patch = ending.enter_context(pytest.MonkeyPatch.context())
+        for name, value in environment.items():
+            patch.setenv(name, value)
         bootstrap.services.cache_clear()
         services = bootstrap.services()
         clock = Clock()
         services.clock = clock
         # By other clients than the functions', which are made when they are first needed, as in production.
         create_team(bootstrap.Services(services.settings))
-        yield System(services, segmind, clock)
+        yield System(services, segmind, clock, container, front)
         bootstrap.services.cache_clear()

@@ -17,7 +17,7 @@ from snapshot_restore_py import register_before_snapshot
 
 from img2img import observe, present, uploads
 from img2img.bootstrap import Services, services
-from img2img.create import BACKEND, Caller, Submission
+from img2img.create import Caller, Submission
 from img2img.errors import (
     AnswerTooLarge,
     InsufficientCredits,
@@ -303,7 +303,8 @@ def cost() -> Response[Any]:
     use = services()
     team = _caller(use).team
     params = parse_request(_json_body(), use.presets.fields_of(team), required=()).params
-    return _answer(200, present.cost_document(params, BACKEND, use.prices.quote(params, BACKEND)))
+    backend = use.settings.first_backend
+    return _answer(200, present.cost_document(params, backend, use.prices.quote(params, backend)))
 
 
 @app.get("/balance")

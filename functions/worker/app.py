@@ -5,36 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from aws_lambda_powertools import Logger, Metrics
-from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from img2img import observe
 from img2img.bootstrap import services
-from img2img.jobs import Job, Status
 from img2img.queues import JobMessage, after_trouble
-from img2img.run import Run, run_job
+from img2img.run import run_job
 
 logger = Logger()
 metrics = Metrics()
-
-
-def _measure(run: Run) -> None:
-    if run.remaining_credits is not None:
-        metrics.add_metric("SegmindRemainingCredits", MetricUnit.Count, run.remaining_credits)
-    if run.retry_after is not None:
-        metrics.add_metric("BackendRetries", MetricUnit.Count, 1)
-    if run.job and run.job.status.is_terminal:
-        _measure_end(run.job)
-
-
-def _measure_end(job: Job) -> None:
-    observe.job_ended(logger, job)
-    metrics.add_metric("JobsSucceeded", MetricUnit.Count, int(job.status is Status.SUCCEEDED))
-    metrics.add_metric("JobsFailed", MetricUnit.Count, int(job.status is Status.FAILED))
-    if job.started_ms:
-        metrics.add_metric("QueueTime", MetricUnit.Milliseconds, job.started_ms - job.created_ms)
-    if job.outputs:
-        metrics.add_metric("BackendTime", MetricUnit.Milliseconds, job.generation_seconds * 1000)
 
 
 def _run(record: dict[str, Any]) -> bool:
@@ -47,7 +26,7 @@ def _run(record: dict[str, Any]) -> bool:
         logger.append_keys(correlation_id=message.correlation_id, job_id=message.job_id, team=message.team)
         observe.describe(metrics, correlation_id=message.correlation_id, job_id=message.job_id)
         run = run_job(use, message.team, message.job_id)
-        _measure(run)
+        observe.measure_run(logger, metrics, run)
         retry_after = run.retry_after
     except Exception as error:  # noqa: BLE001 (a message must never be lost to a bug)
         observe.log_unexpected(logger, error)

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / ".aws-sam/build"
-FUNCTIONS = ("ApiFunction", "WorkerFunction", "IngestFunction", "SweepFunction")
+FUNCTIONS = ("ApiFunction", "WorkerFunction", "CollectFunction", "IngestFunction", "SweepFunction")
 LAYERS = ("CoreLayer", "DependenciesLayer")
 SIZE_LIMIT = 100_000_000
 AARCH64 = 183

@@ -1,7 +1,7 @@
 """Every AWS and HTTP call that the functions make, with a place before and after each where a test steps in.
 
 A call is named after its operation; one that belongs to a sample carries the sample's index ("POST 0",
-"PutObject 1"), and one made again carries its number ("UpdateItem #2").
+"PutObject 1", "InvokeEndpointAsync 0"), and one made again carries its number ("UpdateItem #2").
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import boto3
 import pytest
 import requests
 
+from local.inference import HEADER, Invocation
+
 # The seed of every job here, so that a call of the backend tells its sample.
 SEED = 1000
 BEFORE: Literal["before"] = "before"
@@ -31,10 +33,14 @@ class Killed(BaseException):
 
 
 class Calls:
-    """Shows the calls to one step at a time. `made` names those that the last step let happen, in their order."""
+    """Shows the calls to one step at a time. `made` names those that the last step let happen, in their order.
 
-    def __init__(self) -> None:
+    `invocations` tells which the endpoint has accepted: what lies in S3 of one is named after it.
+    """
+
+    def __init__(self, invocations: Callable[[], Sequence[Invocation]] = tuple) -> None:
         self.made: list[str] = []
+        self._invocations = invocations
         self._step: Step | None = None
         self._unseen = 0
         self._lock = threading.Lock()
@@ -76,8 +82,11 @@ class Calls:
 
     def _before_send(self, event_name: str, request: Any, **_: Any) -> None:
         operation = event_name.rpartition(".")[2]
-        # An output's object is named after its sample.
-        sample = re.search(r"/(\d)\.\w+(?:\?|$)", request.url)
+        # boto3 has encoded what it sends.
+        about = request.headers.get(f"{HEADER}InputLocation", request.url.encode()).decode()
+        about = next((call.input for call in self._invocations() if call.id in about), about)
+        # An output's object is named after its sample, and so is the request for one.
+        sample = re.search(r"/(\d)\.\w+(?:\?|$)", about)
         self._reach(f"{operation} {sample[1]}" if sample else operation, BEFORE)
 
     def _response_received(self, **_: Any) -> None:
@@ -131,7 +140,7 @@ class InOrder:
                 self._reached.add(name)
                 self._changed.notify_all()
                 # The first waits until the other threads stand here, so that none is under way when something happens.
-                others = {call for call in self._order if call.startswith("POST")} if name == self._order[0] else set()
+                others = self._first_of_each() if name == self._order[0] else set()
                 earlier = set(self._order[: self._order.index(name)])
                 in_time = self._changed.wait_for(
                     lambda: self.over or (others <= self._reached and earlier <= self._done), timeout=30
@@ -143,6 +152,13 @@ class InOrder:
                 if moment == AFTER:
                     self._done.add(name)
                 self._changed.notify_all()
+
+    def _first_of_each(self) -> set[str]:
+        """Return the call with which each sample begins, and so each thread."""
+        firsts: dict[str, str] = {}
+        for call in self._order:
+            firsts.setdefault(call.split()[1], call)
+        return set(firsts.values())
 
     def at(self, name: str, moment: str) -> None:
         """Do what is to be done here."""

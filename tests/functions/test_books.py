@@ -39,7 +39,7 @@ from hypothesis.stateful import (
 from moto.backends import get_backend
 from PIL import Image
 
-from img2img import bootstrap, run
+from img2img import bootstrap, samples
 from img2img.audit import audit
 from img2img.errors import AlreadyExists, InsufficientCredits
 from local import segmind
@@ -717,7 +717,7 @@ class Machine(RuleBasedStateMachine):
 def deployment(monkeypatch):
     """The functions in one process, in which nothing is left to chance."""
     # Samples one after the other: else which of them meets the backend's trouble is a race.
-    monkeypatch.setattr(run, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+    monkeypatch.setattr(samples, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
     # What they show is no matter, and to draw them takes long.
     monkeypatch.setattr(segmind, "simulate", lambda _image, size, _seed, _strength: drawn(size))
     # Hypothesis seeds this one.

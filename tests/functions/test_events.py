@@ -12,6 +12,7 @@ SAMPLES = {
     "api": "api-create.json",
     "worker": "jobs-queue.json",
     "ingest": "uploads-queue.json",
+    "collect": "collect-queue.json",
     "sweep": "schedule.json",
 }
 
@@ -69,3 +70,7 @@ def test_messages_carry_their_own_digests():
     records = [record for name in ("worker", "ingest") for record in sample(name)["Records"]]
     for record in records:
         assert record["md5OfBody"] == hashlib.md5(record["body"].encode()).hexdigest()
+
+
+def test_the_results_event_tells_of_a_job_that_is_gone(system):
+    assert function("collect").handler(sample("collect"), Context()) == {"batchItemFailures": []}

@@ -7,6 +7,7 @@ import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from img2img.create import Caller, Submission
 from img2img.errors import IdempotencyInFlight, InsufficientCredits
 from img2img.params import parse_request
 from img2img.submit import submit
-from tests.system import API_KEY_ID, Answer, Context, System, create_team, function
+from tests.system import API_KEY_ID, Answer, Context, System, create_team, function, running_system
 
 KEY = "order-17"
 CREATE = {"PutObject": 1, "TransactWriteItems": 1, "SendMessage": 1}
@@ -61,8 +62,8 @@ class Aws:
         self.step = step
 
 
-@pytest.fixture
-def aws(system) -> Iterator[Aws]:
+@contextmanager
+def watched(system: System) -> Iterator[Aws]:
     calls = Aws()
     # The functions make their clients, each with a copy of these events, when they first need them.
     events = boto3.DEFAULT_SESSION.events
@@ -73,6 +74,19 @@ def aws(system) -> Iterator[Aws]:
     yield calls
     events.unregister("before-call", calls.before)
     events.unregister("after-call", calls.after)
+
+
+@pytest.fixture
+def aws(system) -> Iterator[Aws]:
+    with watched(system) as calls:
+        yield calls
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[System, Aws]]:
+    """A deployment with an asynchronous SageMaker endpoint, and its AWS calls."""
+    with running_system("sagemaker") as system, watched(system) as calls:
+        yield system, calls
 
 
 @cache
@@ -661,7 +675,7 @@ def test_the_calls_of_a_run_that_has_to_wait(system, aws):
     [record] = system.receive()
     waits = {"UpdateItem": 2, "GetObject": 1, "PutObject": 1, "ChangeMessageVisibility": 1}
     assert calls_of(aws, lambda: system.work(record)) == waits
-    ends = {"UpdateItem": 1, "ListObjectsV2": 1, "HeadObject": 1, "GetObject": 1, "PutObject": 1}
+    ends = {"UpdateItem": 1, "GetObject": 1, "PutObject": 1}
     assert calls_of(aws, lambda: system.work(record)) == ends | {"TransactWriteItems": 1}
 
 
@@ -670,6 +684,57 @@ def test_a_message_that_comes_again_makes_one_call(system, aws):
     [record] = system.receive()
     assert system.work(record)
     assert calls_of(aws, lambda: system.work(record)) == {"UpdateItem": 1}
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_calls_of_a_run_on_the_endpoint(endpoint, samples):
+    system, aws = endpoint
+    ask(system, None, samples=samples)
+    asks = {"UpdateItem": 2, "GetObject": 1, "PutObject": samples, "InvokeEndpointAsync": samples}
+    assert calls_of(aws, system.deliver) == asks | {"DescribeEndpoint": 1}
+    system.settle()
+    first, *others = system.receive("results")
+    takes = {"UpdateItem": 1, "GetObject": samples, "PutObject": samples, "TransactWriteItems": 1}
+    assert calls_of(aws, lambda: system.collect(first)) == takes
+    for late in others:
+        assert calls_of(aws, lambda late=late: system.collect(late)) == {"UpdateItem": 1}
+    # What is known of the endpoint's instances is fresh still.
+    ask(system, None, samples=samples, seed=70)
+    assert calls_of(aws, system.deliver) == asks
+
+
+def test_the_calls_of_a_notice_while_another_sample_is_being_made(endpoint):
+    system, aws = endpoint
+    system.container.next.append("hang")
+    ask(system, None, samples=2)
+    system.deliver()
+    assert system.sagemaker.wait_for(lambda: system.sagemaker.notices == 1)
+    [notice] = system.receive("results")
+    # Neither the other sample's answer nor its failure is there yet.
+    looks = {"UpdateItem": 2, "GetObject": 1 + 2, "PutObject": 1}
+    assert calls_of(aws, lambda: system.collect(notice)) == looks
+    system.clock.advance(61)
+    system.sweep()
+    [record] = system.receive()
+    assert calls_of(aws, lambda: system.work(record)) == {"UpdateItem": 2, "GetObject": 2, "DescribeEndpoint": 1}
+    system.container.release()
+
+
+def test_what_is_no_notice_makes_one_call(endpoint):
+    system, aws = endpoint
+    ask(system, None)
+    system.deliver()
+    system.settle()
+    [notice] = system.receive("results")
+    assert calls_of(aws, lambda: system.collect({**notice, "body": "{}"})) == {"ChangeMessageVisibility": 1}
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_calls_of_a_run_on_an_endpoint_in_real_time(samples):
+    with running_system("sagemaker", asynchronous=False) as system, watched(system) as aws:
+        ask(system, None, samples=samples)
+        run = {"UpdateItem": 1, "GetObject": 1, "InvokeEndpoint": samples, "PutObject": samples}
+        assert calls_of(aws, system.deliver) == run | {"TransactWriteItems": 1}
 
 
 def test_the_calls_of_a_sweep(system, aws):

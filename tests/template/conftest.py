@@ -1,10 +1,13 @@
-"""template.yaml as written, and as SAM translates it."""
+"""template.yaml as written, as SAM translates it, and what each choice of backend leaves of that."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,17 @@ from samtranslator.parser.parser import Parser
 from samtranslator.translator.translator import Translator
 from samtranslator.yaml_helper import yaml_parse
 
+from local.conditions import under_conditions
 from tests.template.flows import Call, record_calls
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]
+# What an operator gives with any other backend than Segmind.
+ENDPOINT = {
+    "EndpointImageUri": "123456789012.dkr.ecr.eu-west-1.amazonaws.com/img2img-endpoint:1",
+    "ModelDataUri": "s3://models/sd15/",
+}
+TOPIC = "arn:aws:sns:eu-west-1:123456789012:alarms"
 
 
 def read_template() -> Json:
@@ -37,17 +47,35 @@ def translate(source: Json, *, artefacts: str = "one") -> Json:
     return translated
 
 
+@cache
+def _translated() -> str:
+    return json.dumps(translate(read_template()))
+
+
+def deployment(**parameters: str) -> Json:
+    """Return what CloudFormation makes with these parameters: conditions are decided, parameters have their values."""
+    template: Json = json.loads(_translated())
+    for name, value in parameters.items():
+        template["Parameters"][name]["Default"] = value
+    return under_conditions(template, {})
+
+
 class Template:
     """The translated template, by type and by name."""
 
     def __init__(self, translated: Json) -> None:
         self.resources: dict[str, Json] = translated["Resources"]
+        self.outputs: dict[str, Json] = translated["Outputs"]
 
     def of_type(self, kind: str) -> dict[str, Json]:
         """Return the properties of every resource of a kind, of which there is one at least."""
         found = {name: r["Properties"] for name, r in self.resources.items() if r["Type"] == kind}
         assert found, f"there is no {kind}"
         return found
+
+    def kinds(self) -> set[str]:
+        """Return the types of all resources."""
+        return {resource["Type"] for resource in self.resources.values()}
 
     def properties(self, name: str) -> Json:
         properties: Json = self.resources[name]["Properties"]
@@ -79,8 +107,9 @@ class Template:
             for name, role in self.of_type("AWS::IAM::Role").items()
             for policy in role.get("Policies", [])
         ]
-        for kind in ("AWS::S3::BucketPolicy", "AWS::SQS::QueuePolicy"):
-            policies += [(name, properties["PolicyDocument"]) for name, properties in self.of_type(kind).items()]
+        for kind in ("AWS::S3::BucketPolicy", "AWS::SQS::QueuePolicy", "AWS::SNS::TopicPolicy"):
+            if kind in self.kinds():
+                policies += [(name, properties["PolicyDocument"]) for name, properties in self.of_type(kind).items()]
         found = [(name, statement) for name, document in policies for statement in document["Statement"]]
         assert {statement["Effect"] for _, statement in found} == {"Allow", "Deny"}
         return found
@@ -93,13 +122,25 @@ class Template:
                     for resource in as_list(statement["Resource"]):
                         yield name, action, _place(resource), statement["Sid"]
 
+    def dashboard(self) -> str:
+        """Return the dashboard's JSON, in which only names of resources and parameters are to be filled in."""
+        text, parts = self.properties("Dashboard")["DashboardBody"]["Fn::Sub"]
+        for name, part in parts.items():
+            text = text.replace(f"${{{name}}}", part["Fn::Sub"] if part else "")
+        return str(text)
+
+    def widgets(self) -> list[Json]:
+        """Return the dashboard's widgets, with 0 for every name."""
+        found: list[Json] = json.loads(re.sub(r"\$\{[^}]+\}", "0", self.dashboard()))["widgets"]
+        return found
+
     def names_of_settings(self) -> dict[str, str]:
         """Return, by what the tests call a table, bucket, queue or secret, its name in the template."""
-        variables = self.properties("ApiFunction")["Environment"]["Variables"]
+        variables = self.properties("WorkerFunction")["Environment"]["Variables"]
         return {
             os.environ[variable]: value["Ref"]
             for variable, value in variables.items()
-            if isinstance(value, dict) and value["Ref"] in self.resources
+            if isinstance(value, dict) and value.get("Ref") in self.resources and variable in os.environ
         }
 
 
@@ -116,6 +157,8 @@ def _place(resource: Any) -> str:
             return name
         case {"Fn::Sub": str(text)}:
             return text.replace("${", "").replace(".Arn}", "")
+        case {"Fn::Sub": [str(text), _]}:
+            return text
     raise AssertionError(resource)
 
 
@@ -133,8 +176,14 @@ def source() -> Json:
 
 @pytest.fixture(scope="session")
 def template() -> Template:
-    """The translated template."""
-    return Template(translate(read_template()))
+    """All that can be deployed together: both backends, the endpoint called through its queue, alarms that notify."""
+    return Template(deployment(Backend="auto", SageMakerInvocation="async", AlarmTopicArn=TOPIC, **ENDPOINT))
+
+
+@pytest.fixture(scope="session")
+def segmind() -> Template:
+    """What is deployed when nothing is chosen."""
+    return Template(deployment())
 
 
 @pytest.fixture(scope="session")

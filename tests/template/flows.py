@@ -12,16 +12,18 @@ from typing import Any
 import boto3
 import pytest
 
+from local.sagemaker import SageMaker
 from tests.system import ROOT, System, fresh_aws, function, running_system, sample_base64
 
-FUNCTIONS = ("api", "worker", "ingest", "sweep")
+FUNCTIONS = ("api", "worker", "collect", "ingest", "sweep")
 PRESET = {"prompt": "a poster", "samples": 2}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of AWS that a function made."""
+    """One call of AWS that a function made, of a deployment with this backend."""
 
+    backend: str
     function: str
     service: str
     operation: str
@@ -206,6 +208,107 @@ def lose_messages(system: System) -> None:
         system.sqs.delete_message(QueueUrl=system.queue_url, ReceiptHandle=record["receiptHandle"])
 
 
+def generate_on_the_endpoint(system: System) -> None:
+    job_id = system.create(samples=2).json["id"]
+    assert system.deliver() == 1
+    assert system.job(job_id)["status"] == "processing"
+    assert system.hear() == 2
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def end_in_the_outbox(system: System) -> None:
+    system.api("PUT", "/presets/poster", PRESET)
+    put(system, "inbox/default/poster/cup.jpg")
+    assert take_in(system)[-1]
+    assert system.deliver() == 1
+    assert system.hear() == 2
+    assert "outbox/default/poster/cup.jpg.json" in system.objects("results")
+
+
+def miss_a_notice(system: System) -> None:
+    job_id = system.create().json["id"]
+    assert system.work(resent_after_a_lost_notice(system))
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def miss_the_notice_of_a_failure(system: System) -> None:
+    front_of(system).behave("500")
+    job_id = system.create().json["id"]
+    message = resent_after_a_lost_notice(system)
+    assert not system.work(message)
+    assert system.work(message)
+    assert system.hear() == 1
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def resent_after_a_lost_notice(system: System) -> dict[str, Any]:
+    front_of(system).treat_notices("drop")
+    assert system.deliver() == 1
+    system.settle()
+    system.clock.advance(120)
+    assert system.sweep() == {"resent": 1}
+    [message] = system.receive()
+    return message
+
+
+def need_a_second_inference(system: System) -> None:
+    """The first one fails, and its notice comes back until there is a second, which takes its turn at Segmind first."""
+    front_of(system).behave("500")
+    job_id = system.create().json["id"]
+    assert system.deliver() == 1
+    system.settle()
+    [notice] = system.receive("results")
+    system.clock.advance(60)
+    assert not system.collect(notice)
+    assert system.collect(notice)
+    assert system.hear() == 1
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def fail_twice_at_once(system: System) -> None:
+    front_of(system).behave("500", times=2)
+    job_id = system.create(samples=2).json["id"]
+    assert system.deliver() == 1
+    system.settle()
+    [first, second] = system.receive("results")
+    system.clock.advance(60)
+    # The first notice finds the other sample's failure as well.
+    assert not system.collect(first)
+    assert system.collect(second)
+    assert system.collect(first)
+    assert system.hear() == 2
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def cancel_when_half_is_done(system: System) -> None:
+    front, container = front_of(system), system.container
+    assert container
+    container.next.append("hang")
+    told = front.notices
+    job_id = system.create(samples=2).json["id"]
+    assert system.deliver() == 1
+    assert front.wait_for(lambda: front.notices > told)
+    [notice] = system.receive("results")
+    assert system.collect(notice)
+    system.api("POST", f"/jobs/{job_id}/cancel")
+    container.release()
+    assert system.hear() == 1
+    assert not [key for key in system.objects("results") if job_id in key]
+
+
+def cancel_while_the_endpoint_works(system: System) -> None:
+    job_id = system.create().json["id"]
+    assert system.deliver() == 1
+    system.api("POST", f"/jobs/{job_id}/cancel")
+    assert system.hear() == 1
+    assert system.job(job_id)["status"] == "canceled"
+
+
+def front_of(system: System) -> SageMaker:
+    assert system.sagemaker
+    return system.sagemaker
+
+
 FLOWS: tuple[Callable[[System], None], ...] = (
     use_every_route,
     need_a_second_attempt,
@@ -223,9 +326,21 @@ FLOWS: tuple[Callable[[System], None], ...] = (
     fill_the_inbox_with_what_fails,
 )
 
+# With the backend `auto`, while Segmind takes none.
+ENDPOINT_FLOWS: tuple[Callable[[System], None], ...] = (
+    generate_on_the_endpoint,
+    end_in_the_outbox,
+    miss_a_notice,
+    miss_the_notice_of_a_failure,
+    need_a_second_inference,
+    fail_twice_at_once,
+    cancel_when_half_is_done,
+    cancel_while_the_endpoint_works,
+)
+
 
 @contextmanager
-def _recorded(patch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+def _recorded(patch: pytest.MonkeyPatch, backend: str) -> Iterator[list[Call]]:
     calls: list[Call] = []
     running: list[str] = []
 
@@ -233,7 +348,7 @@ def _recorded(patch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
         # What botocore calls a presigned form, to find the address of its bucket: nothing is sent.
         form = model.name == "CreateBucket"
         if running and not form:
-            calls.append(Call(running[-1], model.service_model.service_name, model.name, dict(params)))
+            calls.append(Call(backend, running[-1], model.service_model.service_name, model.name, dict(params)))
 
     def watched(name: str, handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def handle(event: Any, context: Any) -> Any:
@@ -260,9 +375,18 @@ def record_calls() -> list[Call]:
 
     A presigned URL counts as the read that it stands for. A presigned form is no call: its client is the one who puts.
     """
-    with pytest.MonkeyPatch.context() as patch, _recorded(patch) as calls, running_system() as system:
+    return [
+        *_calls_of("segmind", FLOWS),
+        *_calls_of("auto", ENDPOINT_FLOWS),
+    ]
+
+
+def _calls_of(backend: str, flows: tuple[Callable[[System], None], ...]) -> list[Call]:
+    with pytest.MonkeyPatch.context() as patch, _recorded(patch, backend) as calls, running_system(backend) as system:
         # S3's test event.
         assert take_in(system) == [True]
-        for flow in FLOWS:
+        if backend == "auto":
+            system.segmind.behave("401", times=1000)
+        for flow in flows:
             flow(system)
     return calls

@@ -8,6 +8,8 @@ import pytest
 
 from img2img.queues import after_trouble
 
+QUEUES = ("Queue", "DeadLetterQueue")
+
 
 @pytest.fixture(params=["UploadsBucket", "ResultsBucket"])
 def bucket_name(request):
@@ -24,7 +26,7 @@ def table(request, template):
     return template.properties(request.param)
 
 
-@pytest.fixture(params=["JobsQueue", "JobsDeadLetterQueue", "UploadsQueue", "UploadsDeadLetterQueue"])
+@pytest.fixture(params=[f"{kind}{queue}" for kind in ("Jobs", "Uploads", "Results") for queue in QUEUES])
 def queue_name(request):
     return request.param
 
@@ -71,9 +73,14 @@ def test_everything_in_a_bucket_expires(bucket, bucket_name):
         "UploadsBucket": ("uploads/", "inputs/", "inbox/", "awaited/"),
         "ResultsBucket": ("results/", "outbox/"),
     }[bucket_name]
-    assert expiring == {prefix: {"Ref": "RetentionDays"} for prefix in prefixes}
+    kept_a_day = dict.fromkeys(("requests/", "answers/", "failures/") if bucket_name == "UploadsBucket" else (), 1)
+    assert expiring == {prefix: {"Ref": "RetentionDays"} for prefix in prefixes} | kept_a_day
     (unfinished,) = [rule for rule in rules if "AbortIncompleteMultipartUpload" in rule]
     assert "Prefix" not in unfinished
+
+
+def test_an_answer_lies_there_until_its_job_must_be_over(source):
+    assert source["Parameters"]["JobDeadlineSeconds"]["MaxValue"] < 24 * 3600
 
 
 def test_bucket_names_are_generated(bucket):
@@ -145,6 +152,7 @@ def test_queue_is_encrypted_and_speaks_tls_only(queue_name, template):
         ("JobsQueue", 20),
         # AWS's advice: less would let a moment's throttling lose a message.
         ("UploadsQueue", 5),
+        ("ResultsQueue", 5),
     ],
 )
 def test_dead_letters(template, queue, least):
@@ -157,15 +165,19 @@ def test_dead_letters(template, queue, least):
     assert dead > alive
 
 
-def test_a_notice_outlasts_all_its_pauses(template):
-    queue = template.properties("UploadsQueue")
+@pytest.mark.parametrize("name", ["UploadsQueue", "ResultsQueue"])
+def test_a_notice_outlasts_all_its_pauses(template, name):
+    queue = template.properties(name)
     pauses = sum(after_trouble(receives) for receives in range(1, queue["RedrivePolicy"]["maxReceiveCount"]))
     assert 45 * 60 < pauses < queue["MessageRetentionPeriod"]
 
 
-def test_nobody_but_s3_for_this_account_sends_notices(template):
-    senders = [(name, s) for name, s in template.statements() if s["Effect"] == "Allow" and "Principal" in s]
-    ((name, statement),) = senders
+def senders(template):
+    return {name: s for name, s in template.statements() if s["Effect"] == "Allow" and "Principal" in s}
+
+
+def test_nobody_but_s3_for_this_account_sends_notices(segmind):
+    ((name, statement),) = senders(segmind).items()
     assert name == "UploadsQueuePolicy"
     assert statement["Principal"] == {"Service": "s3.amazonaws.com"}
     assert statement["Action"] == "sqs:SendMessage"

@@ -10,10 +10,35 @@ import pytest
 from img2img.settings import Settings
 from img2img.store import OBJECT_GUARD_TTL
 
-FUNCTIONS = ("ApiFunction", "WorkerFunction", "IngestFunction", "SweepFunction")
-FED = {"WorkerFunction": ("JobsQueue", "WorkerConcurrency"), "IngestFunction": ("UploadsQueue", "IngestConcurrency")}
-PREFIXES = r"\$\{UploadsBucket\.Arn\}/(uploads|inputs|inbox|awaited)/\*|\$\{ResultsBucket\.Arn\}/(results|outbox)/\*"
+FUNCTIONS = ("ApiFunction", "WorkerFunction", "CollectFunction", "IngestFunction", "SweepFunction")
+FED = {
+    "WorkerFunction": ("JobsQueue", {"Ref": "WorkerConcurrency"}),
+    "CollectFunction": ("ResultsQueue", 5),
+    "IngestFunction": ("UploadsQueue", {"Ref": "IngestConcurrency"}),
+}
+PREFIXES = (
+    r"\$\{UploadsBucket\.Arn\}/(uploads|inputs|inbox|awaited|requests|answers|failures)/\*"
+    r"|\$\{ResultsBucket\.Arn\}/(results|outbox)/\*"
+    # The model's, see `test_endpoint`.
+    r"|arn:\$\{AWS::Partition\}:s3:::\$\{Prefix\}\*"
+)
 SETTINGS = {field.metadata["name"]: field for field in dataclasses.fields(Settings)}
+# Only who calls the endpoint has them.
+OF_THE_ENDPOINT = {
+    "FALLBACK_AFTER_SECONDS",
+    "SAGEMAKER_ENDPOINT",
+    "SAGEMAKER_INVOCATION",
+    "SAGEMAKER_TIMEOUT_SECONDS",
+    "RESULTS_QUEUE_URL",
+}
+CALL_THE_ENDPOINT = ("WorkerFunction", "CollectFunction")
+# What has no resource to name.
+UNBOUND = {
+    "xray:PutTraceSegments",
+    "xray:PutTelemetryRecords",
+    "cloudwatch:PutMetricData",
+    "ecr:GetAuthorizationToken",
+}
 
 
 @pytest.fixture(params=FUNCTIONS)
@@ -37,9 +62,11 @@ def test_no_other_functions(template):
     assert set(template.of_type("AWS::Lambda::Function")) == set(FUNCTIONS)
 
 
-def test_each_setting_is_set_and_nothing_else(function):
-    variables = {name for name in function["Environment"]["Variables"] if not name.startswith("POWERTOOLS_")}
-    assert variables == set(SETTINGS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_setting_is_set_and_nothing_else(template, name):
+    variables = template.properties(name)["Environment"]["Variables"]
+    expected = set(SETTINGS) - (set() if name in CALL_THE_ENDPOINT else OF_THE_ENDPOINT)
+    assert {variable for variable in variables if not variable.startswith("POWERTOOLS_")} == expected
 
 
 def test_powertools_settings(function):
@@ -52,9 +79,9 @@ def test_powertools_settings(function):
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_default_of_a_setting_is_that_of_its_parameter(template, source, name):
+def test_default_of_a_setting_is_that_of_its_parameter(segmind, source, name):
     field = SETTINGS[name]
-    value = template.properties("ApiFunction")["Environment"]["Variables"][name]
+    value = segmind.properties("WorkerFunction")["Environment"]["Variables"][name]
     if isinstance(value, dict):
         referenced = value["Ref"]
         if referenced not in source["Parameters"]:
@@ -68,8 +95,10 @@ def test_retry_times_fit_together(template):
     for function, (queue, _) in FED.items():
         timeout = template.properties(function)["Timeout"]
         assert template.properties(queue)["VisibilityTimeout"] >= 6 * timeout, function
-    variables = template.properties("WorkerFunction")["Environment"]["Variables"]
-    assert int(variables["LEASE_SECONDS"]) > template.properties("WorkerFunction")["Timeout"]
+    # Both claim jobs.
+    for function in CALL_THE_ENDPOINT:
+        properties = template.properties(function)
+        assert int(properties["Environment"]["Variables"]["LEASE_SECONDS"]) > properties["Timeout"], function
     # The gateway hangs up at 29 s, and a sweep ends before the next one starts.
     assert template.properties("ApiFunction")["Timeout"] < 29
     assert template.properties("SweepFunction")["Timeout"] < 60
@@ -101,11 +130,11 @@ def test_queues_feed_their_functions(template):
     for function, (queue, concurrency) in FED.items():
         assert mappings[function]["BatchSize"] == 1
         assert mappings[function]["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
-        assert mappings[function]["ScalingConfig"] == {"MaximumConcurrency": {"Ref": concurrency}}
+        assert mappings[function]["ScalingConfig"] == {"MaximumConcurrency": concurrency}
         assert mappings[function]["EventSourceArn"] == {"Fn::GetAtt": [queue, "Arn"]}
 
 
-@pytest.mark.parametrize("concurrency", [concurrency for _, concurrency in FED.values()])
+@pytest.mark.parametrize("concurrency", ["WorkerConcurrency", "IngestConcurrency"])
 def test_concurrency_is_what_a_queue_can_have(source, concurrency):
     parameter = source["Parameters"][concurrency]
     assert (parameter["MinValue"], parameter["MaxValue"]) == (2, 1000)
@@ -172,7 +201,7 @@ def test_no_log_level_at_which_libraries_log_bodies(source, template):
 
 def test_own_roles_without_managed_policies(template):
     roles = template.of_type("AWS::IAM::Role")
-    assert set(roles) == {f"{name}Role" for name in FUNCTIONS}
+    assert set(roles) == {f"{name}Role" for name in FUNCTIONS} | {"EndpointRole"}
     for name, role in roles.items():
         assert "ManagedPolicyArns" not in role, name
     for name in FUNCTIONS:
@@ -186,13 +215,12 @@ def test_no_statement_allows_any_action(template):
             assert not [action for action in as_list(statement["Action"]) if "*" in action], (name, statement["Sid"])
 
 
-def test_no_statement_allows_any_resource_but_for_traces(template):
+def test_no_statement_allows_any_resource_where_one_can_be_named(template):
     for name, statement in template.statements():
         if "*" in as_list(statement["Resource"]):
-            # X-Ray has no resources to name.
-            assert all(action.startswith("xray:Put") for action in as_list(statement["Action"])), name
+            assert set(as_list(statement["Action"])) <= UNBOUND, name
         for resource in as_list(statement["Resource"]):
-            text = resource.get("Fn::Sub", "") if isinstance(resource, dict) else resource
+            text = as_list(resource.get("Fn::Sub", ""))[0] if isinstance(resource, dict) else resource
             if statement["Effect"] == "Allow" and text.endswith("*") and text != "*":
                 assert re.fullmatch(PREFIXES, text), name
 
@@ -210,16 +238,23 @@ def test_a_fed_function_may_back_off(template, name, queue):
     }
 
 
-def test_only_the_worker_reads_the_segmind_key(template):
+def test_only_who_calls_a_backend_reads_the_segmind_key(template):
     grants = [grant[:3] for grant in template.grants() if grant[1].startswith("secretsmanager:")]
-    assert grants == [("WorkerFunctionRole", "secretsmanager:GetSecretValue", "SegmindSecret")]
+    assert grants == [(f"{name}Role", "secretsmanager:GetSecretValue", "SegmindSecret") for name in CALL_THE_ENDPOINT]
 
 
 def test_listing_is_bound_to_prefixes(template):
     listings = [s for _, s in template.statements() if "s3:ListBucket" in as_list(s["Action"])]
     bound = [s for s in listings if "Condition" in s]
     # Those without tell a missing object from a forbidden one; a read names no prefix.
-    assert [s["Sid"] for s in listings if s not in bound] == ["MissingUploads", "MissingObjects"]
+    assert [s["Sid"] for s in listings if s not in bound] == [
+        "MissingUploads",
+        "MissingAnswers",
+        "MissingAnswers",
+        "MissingObjects",
+        "ListModel",
+        "MissingRequests",
+    ]
     assert bound
     for statement in bound:
         prefixes = as_list(statement["Condition"]["StringLike"]["s3:prefix"])
@@ -227,9 +262,9 @@ def test_listing_is_bound_to_prefixes(template):
 
 
 def test_no_function_may_touch_the_others_data(template):
-    for role in ("WorkerFunctionRole", "SweepFunctionRole"):
+    for role in ("WorkerFunctionRole", "CollectFunctionRole", "SweepFunctionRole"):
         assert not [r for a, r in allowed(template, role) if "IdempotencyTable" in r]
-    for role in ("WorkerFunctionRole", "IngestFunctionRole", "SweepFunctionRole"):
+    for role in ("WorkerFunctionRole", "CollectFunctionRole", "IngestFunctionRole", "SweepFunctionRole"):
         assert ("dynamodb:DeleteItem", "JobsTable") not in allowed(template, role)
     # The sweep sees no picture that a client sent, the API nothing that was put out for a pipeline.
     assert not [r for _, r in allowed(template, "SweepFunctionRole") if r.startswith("UploadsBucket")]

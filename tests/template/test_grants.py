@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.system import ENDPOINT
 from tests.template.flows import FUNCTIONS
 
 # What Lambda does itself, to feed a function from its queue.
@@ -11,6 +12,8 @@ FEED = ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes")
 # Granted for what no call of a function shows.
 # Asked for only when the outbox shows an earlier version of the file.
 STALE = ("s3:DeleteObject", "ResultsBucket/outbox/*")
+# Nothing is listed: it makes S3 say that an answer is not there yet.
+NO_ANSWER = ("s3:ListBucket", "UploadsBucket")
 UNSEEN = {
     "api": {
         # Nothing is listed: it makes S3 say that an upload is missing.
@@ -20,7 +23,8 @@ UNSEEN = {
         # What the form of an upload that starts a job is signed with.
         ("s3:PutObject", "UploadsBucket/awaited/*"),
     },
-    "worker": {STALE, *((action, "JobsQueue") for action in FEED)},
+    "worker": {STALE, NO_ANSWER, *((action, "JobsQueue") for action in FEED)},
+    "collect": {STALE, NO_ANSWER, *((action, "ResultsQueue") for action in FEED)},
     "ingest": {
         ("s3:ListBucket", "UploadsBucket"),
         ("dynamodb:GetItem", "IdempotencyTable"),
@@ -57,6 +61,8 @@ def in_iams_words(call):
             yield f"sqs:{operation}", parameters["QueueUrl"], ""
         case "secretsmanager", operation:
             yield f"secretsmanager:{operation}", parameters["SecretId"], ""
+        case "sagemaker" | "sagemaker-runtime" | "runtime.sagemaker", operation:
+            yield f"sagemaker:{operation}", parameters["EndpointName"], ""
         case service, operation:
             yield f"{service}:{operation}", "", ""
 
@@ -65,19 +71,32 @@ def below(key):
     return f"/{key.partition('/')[0]}/*"
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_role_grants_what_the_function_asks_for(template, calls, name):
-    things = template.names_of_settings()
-    seen = {
+def asked_for(template, calls, name):
+    things = template.names_of_settings() | {ENDPOINT: "Endpoint"}
+    return {
         (action, things[thing] + part)
         for call in calls
         if call.function == name
         for action, thing, part in in_iams_words(call)
     }
-    granted = {
+
+
+def granted(template, name):
+    return {
         (action, resource)
         for role, action, resource, sid in template.grants()
         if role == f"{name.title()}FunctionRole" and sid not in ("Logs", "Traces")
     }
-    assert granted == seen | UNSEEN[name]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_role_grants_what_the_function_asks_for(template, calls, name):
+    seen = asked_for(template, calls, name)
+    assert granted(template, name) == seen | UNSEEN[name]
     assert not seen & UNSEEN[name]
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {"collect"}))
+def test_role_grants_what_the_function_asks_for_with_segmind_alone(segmind, calls, name):
+    seen = asked_for(segmind, [call for call in calls if call.backend == "segmind"], name)
+    assert granted(segmind, name) == seen | (UNSEEN[name] - ({NO_ANSWER} if name == "worker" else set()))

@@ -63,6 +63,7 @@ def test_no_function_puts_anything_where_notices_come_from(template, calls):
     assert {(bucket, key.partition("/")[0]) for _, bucket, key in puts} == {
         ("UploadsBucket", "uploads"),
         ("UploadsBucket", "inputs"),
+        ("UploadsBucket", "requests"),
         ("ResultsBucket", "results"),
         ("ResultsBucket", "outbox"),
     }

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "layers/core/python/img2img"
 ROWS = [
     {"__main__", "cli"},
     {"bootstrap"},
-    {"create", "submit", "ingest", "run", "uploads", "sweep", "outbox", "present", "audit"},
+    {"create", "submit", "ingest", "run", "samples", "uploads", "sweep", "outbox", "present", "audit"},
     {
         "store",
         "presets",
@@ -94,7 +94,7 @@ def module(request):
 
 def test_there_is_something_to_check():
     assert {"bootstrap", "settings", "submit", "run", "backends.segmind"} <= set(MODULES)
-    assert set(HANDLERS) == {"api", "worker", "ingest", "sweep"}
+    assert set(HANDLERS) == {"api", "worker", "ingest", "collect", "sweep"}
 
 
 def test_only_handlers_see_events(module):

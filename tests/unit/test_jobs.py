@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from img2img.backends import GeneratedImage, Pending
 from img2img.errors import (
     BackendFailed,
     BackendOutOfCredits,
@@ -22,10 +23,12 @@ from img2img.jobs import (
     Output,
     OutputStatus,
     Status,
+    Wait,
     concluded,
     ended,
     given_up,
     missing,
+    served,
     verdict,
     with_outputs,
 )
@@ -171,6 +174,33 @@ def test_an_ended_job_waits_for_nothing_and_keeps_its_error_and_outputs():
     assert (found.lease, found.due_at) == (None, None)
     assert (found.error_code, found.error_detail) == ("backend_failed", "broke")
     assert found.outputs == was.outputs
+
+
+def test_an_ended_job_is_at_no_backend_any_more():
+    call = Pending(inference_id="a-1-0", output="s3://a/b", failure="s3://a/c")
+    was = job(status=Status.PROCESSING, pending={0: call}, waits_for=Wait.ENDPOINT_STARTING, backend="sagemaker")
+    for end in (Status.CANCELED, Status.FAILED):
+        found = ended(was, end, at_ms=1)
+        assert (found.pending, found.waits_for, found.backend) == ({}, None, "sagemaker")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        GeneratedImage(b"a", 1.0, backend="sagemaker", reason="backend_failed"),
+        Pending(inference_id="a-1-0", output="s3://a/b", failure="s3://a/c", reason="backend_failed"),
+    ],
+)
+def test_a_job_knows_which_backend_serves_it_and_why(answer):
+    found = served(job(), answer)
+    assert (found.backend, found.backend_reason) == ("sagemaker", "backend_failed")
+    again = served(found, GeneratedImage(b"a", 1.0))
+    assert (again.backend, again.backend_reason) == ("segmind", "")
+
+
+def test_a_sample_that_is_on_its_way_is_missing():
+    call = Pending(inference_id="a-1-0", output="s3://a/b", failure="s3://a/c")
+    assert missing(job(pending={0: call})) == [0]
 
 
 def test_samples_generated_together_take_as_long_as_the_longest():

@@ -699,6 +699,19 @@ def test_an_answer_that_drips_takes_no_longer(data: bytes) -> None:
         assert len(server.requests) == 1
 
 
+def test_patience_with_one_request_is_shorter_than_the_timeout() -> None:
+    def patience(params: Img2ImgParams) -> float:
+        return params.num_inference_steps * TIMEOUT / 20
+
+    with raw(drips(b"HTTP/1.1 200 X\r\nx-drip: " + b"x" * 1000)) as server:
+        for steps in (20, 40):
+            started = time.monotonic()
+            refused(
+                backend(server.url, timeout=60, patience=patience), errors.BackendTimeout, num_inference_steps=steps
+            )
+            assert TIMEOUT * steps / 20 <= time.monotonic() - started < TIMEOUT * steps / 20 + 3
+
+
 def test_a_request_that_is_not_read() -> None:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -16,10 +16,11 @@ from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError
 
 from img2img.audit import audit
+from img2img.backends import Pending
 from img2img.credits import Account, Credits, Entry, Phase
 from img2img.errors import DeadlineExceeded, InsufficientCredits, NotFound, PresetUnknown, TeamDisabled
 from img2img.ids import new_id
-from img2img.jobs import NEXT, Job, Output, OutputStatus, Source, Status, ended, given_up
+from img2img.jobs import NEXT, Job, Output, OutputStatus, Source, Status, Wait, ended, given_up
 from img2img.listing import JobFilter
 from img2img.params import Img2ImgParams
 from img2img.prices import Receipt
@@ -430,6 +431,110 @@ def test_a_release_keeps_what_ended_and_counts_when_told(table, counts, attempts
     found = table.now(claimed)
     assert (found.status, found.attempts, found.due_at, found.lease) == (Status.QUEUED, attempts, START + 62, None)
     assert found.outputs == (picture(1),)
+
+
+# At a backend that works by itself
+
+
+def call(index: int) -> Pending:
+    return Pending(
+        inference_id=f"x-1-{index}",
+        output=f"s3://uploads/answers/{index}.out",
+        failure=f"s3://uploads/failures/{index}-error.out",
+        reason="backend_failed",
+    )
+
+
+def at_a_backend(table: Table, *, due_at: int = START + 60) -> Job:
+    """Return a job of which one sample has ended and two are on their way."""
+    claimed = replace(
+        table.claim(table.job()),
+        backend="sagemaker",
+        backend_reason="backend_failed",
+        outputs=(picture(1),),
+        pending={0: call(0), 3: call(3)},
+        waits_for=Wait.ENDPOINT_STARTING,
+    )
+    assert table.store.release(claimed, due_at=due_at, counts=True)
+    return claimed
+
+
+def test_a_job_at_a_backend_belongs_to_no_worker_and_keeps_what_it_waits_for(table):
+    claimed = at_a_backend(table)
+    assert table.now(claimed) == replace(claimed, lease=None, due_at=START + 60)
+    assert table.now(claimed).status is Status.PROCESSING
+
+
+def test_a_job_at_a_backend_can_be_claimed_at_once_by_one(table):
+    claimed = at_a_backend(table)
+    found = table.claim(claimed)
+    assert found.lease not in (None, claimed.lease)
+    assert (found.attempts, found.started_ms) == (2, claimed.started_ms)
+    assert (found.pending, found.outputs, found.waits_for) == (claimed.pending, claimed.outputs, claimed.waits_for)
+    assert claim(table, claimed) is None
+
+
+def test_a_job_goes_back_from_its_backend_to_the_queue(table):
+    claimed = table.claim(at_a_backend(table))
+    waiting = replace(claimed, pending={}, waits_for=None)
+    assert table.store.release(waiting, due_at=START + 62, counts=False)
+    found = table.now(claimed)
+    assert (found.status, found.pending, found.waits_for) == (Status.QUEUED, {}, None)
+    assert (found.attempts, found.backend, found.backend_reason) == (1, "sagemaker", "backend_failed")
+
+
+def test_a_job_at_a_backend_is_looked_at_in_its_time_and_put_off_by_one_of_two_sweeps(table):
+    job = table.now(at_a_backend(table))
+    assert list(table.store.overdue()) == []
+    table.clock.now = START + 60
+    assert list(table.store.overdue()) == [job]
+    assert table.store.postpone(job, due_at=START + 180)
+    assert not table.store.postpone(job, due_at=START + 180)
+    assert table.now(job) == replace(job, due_at=START + 180)
+
+
+def test_a_job_that_a_notice_has_claimed_is_not_put_off(table):
+    job = table.now(at_a_backend(table))
+    table.claim(job)
+    assert not table.store.postpone(job, due_at=START + 180)
+
+
+@pytest.mark.parametrize("delivered", [0, 1])
+def test_a_job_at_a_backend_ends_as_last_seen_and_nothing_of_the_backend_stays(table, delivered):
+    job = table.now(at_a_backend(table))
+    assert table.store.finish(over(job, delivered))
+    found = table.now(job)
+    assert found.status is (Status.SUCCEEDED if delivered else Status.FAILED)
+    assert (found.pending, found.waits_for, found.backend_reason) == ({}, None, "backend_failed")
+    assert not {"pending", "waits_for", "due_at", "open_shard"} & set(table.item(job))
+    assert list(table.store.overdue()) == []
+
+
+def test_a_job_at_a_backend_that_was_claimed_since_does_not_end_as_last_seen(table):
+    job = table.now(at_a_backend(table))
+    held = table.claim(job)
+    assert table.store.finish(over(job, 0)) is None
+    assert table.now(job) == held
+
+
+def test_a_job_at_a_backend_can_be_canceled(table):
+    job = at_a_backend(table)
+    assert table.store.cancel(job.team, job.id).status is Status.CANCELED
+    assert claim(table, job) is None
+    assert (table.now(job).pending, table.now(job).outputs) == ({}, ())
+
+
+def test_a_release_whose_answer_was_lost_has_happened(table):
+    claimed = at_a_backend(table)
+    assert table.store.release(claimed, due_at=START + 60, counts=True)
+    assert not table.store.release(claimed, due_at=START + 61, counts=True)
+    table.claim(claimed)
+    assert not table.store.release(claimed, due_at=START + 60, counts=True)
+
+
+def test_usage_is_counted_under_the_backend_that_served(table):
+    table.store.finish(over(table.claim(at_a_backend(table)), 1))
+    assert [row.backend for row in table.used()] == ["sagemaker"]
 
 
 def test_finish_as_last_seen_loses_to_a_claim(table):
@@ -1069,7 +1174,9 @@ class Anyone:
 
     def claim(self) -> None:
         was, now = self.job, int(self.table.clock.now)
-        free = was.status is Status.QUEUED or (was.status is Status.PROCESSING and (was.due_at or 0) <= now)
+        at_a_backend = was.status is Status.PROCESSING and was.lease is None
+        lease_ran_out = was.status is Status.PROCESSING and (was.due_at or 0) <= now
+        free = was.status is Status.QUEUED or at_a_backend or lease_ran_out
         claimed, now_is = self.table.store.claim(was.team, was.id, lease_seconds=LEASE)
         assert claimed == free
         if claimed:
@@ -1089,11 +1196,14 @@ class Anyone:
             return
         due, counts = int(self.table.clock.now) + 64 + len(self.seen), self.choose.random() < 0.5
         outputs = (picture(self.choose.randrange(4)),)
-        released = self.table.store.release(replace(worker, outputs=outputs), due_at=due, counts=counts)
+        pending = self.choose.choice([{}, {3: call(3)}])
+        put_down = replace(worker, outputs=outputs, pending=pending)
+        released = self.table.store.release(put_down, due_at=due, counts=counts)
         assert released == (worker.lease == self.job.lease)
         if released:
             attempts = self.job.attempts - (not counts)
-            self.becomes(Status.QUEUED, due_at=due, attempts=attempts, lease=None, outputs=outputs)
+            status = Status.PROCESSING if pending else Status.QUEUED
+            self.becomes(status, due_at=due, attempts=attempts, lease=None, outputs=outputs, pending=pending)
 
     def finish(self) -> None:
         # Nobody finishes what he saw ended.
@@ -1115,13 +1225,20 @@ class Anyone:
             completed_ms = int(self.table.clock.now * 1000)
             released = replace(self.job.credits, released=PRICE)
             self.becomes(
-                Status.CANCELED, due_at=None, lease=None, completed_ms=completed_ms, outputs=(), credits=released
+                Status.CANCELED,
+                due_at=None,
+                lease=None,
+                completed_ms=completed_ms,
+                outputs=(),
+                pending={},
+                credits=released,
             )
         assert found == self.job
 
     def postpone(self) -> None:
         sweep, due = self.choose.choice(self.seen), int(self.table.clock.now) + 120
-        as_seen = self.job.status is Status.QUEUED and sweep.due_at == self.job.due_at
+        waits = self.job.status in (Status.QUEUED, Status.PROCESSING) and self.job.lease is None
+        as_seen = waits and sweep.due_at == self.job.due_at
         assert self.table.store.postpone(sweep, due_at=due) == as_seen
         if as_seen:
             self.job = replace(self.job, due_at=due)
@@ -1133,7 +1250,8 @@ class Anyone:
         self.choose.choice([*often, *often, *seldom])()
         now = self.table.now(self.job)
         assert now == self.job
-        assert (now.lease is not None) == (now.status is Status.PROCESSING)
+        assert now.lease is None or now.status is Status.PROCESSING
+        assert now.status is not Status.PROCESSING or now.lease or now.pending
         due = not now.status.is_terminal and (now.due_at or 0) <= self.table.clock.now
         assert (now.id in {job.id for job in self.table.store.overdue()}) == due
         if now not in self.seen:

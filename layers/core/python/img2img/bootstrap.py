@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
     from img2img.backends import Backend
+    from img2img.backends.sagemaker import SageMakerBackend
+    from img2img.backends.segmind import SegmindBackend
     from img2img.fetch import Fetcher
     from img2img.gateway_keys import GatewayKeys
+    from img2img.params import Img2ImgParams
 
 # A hung AWS call must leave time to answer: API Gateway waits 29 s in all.
 _CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
@@ -143,8 +147,44 @@ class Services:
         return Fetcher(max_bytes=self.settings.max_image_bytes)
 
     @cached_property
+    def results(self) -> Queue:
+        """The queue of SageMaker's notices."""
+        return Queue(self._sqs, self.settings.results_queue_url)
+
+    @cached_property
     def backend(self) -> Backend:
         """What generates the pictures."""
+        match self.settings.backend:
+            case "segmind":
+                return self._segmind()
+            case "sagemaker":
+                return self.sagemaker
+            case _:
+                from img2img.backends.auto import AutoBackend
+
+                # Large pictures take long without anything being wrong, and what is given up may be billed.
+                patient = self._segmind(lambda params: self.settings.fallback_after * max(params.work, 1))
+                return AutoBackend(patient, self.sagemaker, clock=lambda: self.clock())
+
+    @cached_property
+    def sagemaker(self) -> SageMakerBackend:
+        """The SageMaker endpoint."""
+        from img2img.backends.sagemaker import SageMakerBackend
+
+        # A call of an endpoint in real time may take 60 s, and is repeated by the job's own rules only.
+        patient = Config(connect_timeout=2, read_timeout=65, retries={"mode": "standard", "total_max_attempts": 1})
+        return SageMakerBackend(
+            runtime=boto3.client("sagemaker-runtime", config=patient),
+            control=boto3.client("sagemaker", config=_CONFIG),
+            s3=boto3.client("s3", config=_S3_CONFIG),
+            endpoint=self.settings.sagemaker_endpoint,
+            bucket=self.settings.uploads_bucket,
+            asynchronous=self.settings.sagemaker_invocation == "async",
+            timeout=self.settings.sagemaker_timeout,
+            clock=lambda: self.clock(),
+        )
+
+    def _segmind(self, patience: Callable[[Img2ImgParams], float] = lambda _: math.inf) -> SegmindBackend:
         from aws_lambda_powertools.utilities.parameters import GetParameterError, SecretsProvider
 
         from img2img.backends.segmind import SegmindBackend
@@ -158,7 +198,9 @@ class Services:
             except GetParameterError:
                 raise BackendUnreachable("The backend's key could not be read") from None
 
-        return SegmindBackend(base_url=self.settings.segmind_base_url, key=key, timeout=self.settings.segmind_timeout)
+        return SegmindBackend(
+            base_url=self.settings.segmind_base_url, key=key, timeout=self.settings.segmind_timeout, patience=patience
+        )
 
 
 @cache

@@ -24,7 +24,12 @@ logger = Logger(child=True)
 
 # A message is on its way within milliseconds; later than this, `sweep` sends another.
 RESEND_AFTER = 60
-BACKEND = "segmind"
+
+
+def next_look(job: Job, now: int) -> int:
+    """Return when to look at a waiting job again: ever later, so that a long queue is not filled with repeats."""
+    age = now - job.created_ms // 1000
+    return min(now + max(RESEND_AFTER, age), max(job.deadline_at, now + 1))
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,9 @@ def new_job(
         status=status,
         params=params,
         metadata=request.metadata,
-        backend=BACKEND,
+        backend=services.settings.first_backend,
         source=source,
-        credits=services.prices.quote(params, BACKEND),
+        credits=services.prices.quote(params, services.settings.first_backend),
         created_ms=int(now * 1000),
         due_at=min(int(now) + RESEND_AFTER, deadline_at),
         deadline_at=deadline_at,

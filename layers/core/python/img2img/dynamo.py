@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
 
-from img2img.jobs import Job, Output, OutputStatus, Source, Status
+from img2img.backends import Pending
+from img2img.jobs import Job, Output, OutputStatus, Source, Status, Wait
 from img2img.params import Img2ImgParams
 from img2img.prices import Receipt
 
@@ -72,6 +73,11 @@ def outputs_json(outputs: tuple[Output, ...]) -> dict[str, str]:
     return text(json.dumps([asdict(output) for output in outputs]))
 
 
+def pending_json(pending: Mapping[int, Pending]) -> dict[str, str]:
+    """Return the attribute that keeps the samples on their way."""
+    return text(json.dumps({index: asdict(sample) for index, sample in pending.items()}))
+
+
 def new_job(job: Job) -> dict[str, Any]:
     """Return the attributes of a job that was just made; `to_job` reads them."""
     return {
@@ -122,6 +128,7 @@ def to_job(item: Item) -> Job:
         params=Img2ImgParams(**json.loads(string("params"))),
         metadata=json.loads(string("metadata")),
         backend=string("backend"),
+        backend_reason=string("backend_reason"),
         source=Source(**json.loads(string("source"))) if "source" in item else None,
         created_ms=integer("created_ms") or 0,
         started_ms=integer("started_ms"),
@@ -129,11 +136,14 @@ def to_job(item: Item) -> Job:
         due_at=integer("due_at"),
         deadline_at=integer("deadline_at") or 0,
         attempts=integer("attempts") or 0,
+        failures={int(index): count for index, count in json.loads(string("failures") or "{}").items()},
         lease=string("lease") or None,
         outputs=tuple(
             Output(**{**output, "status": OutputStatus(output["status"])})
             for output in json.loads(string("outputs") or "[]")
         ),
+        pending={int(index): Pending(**sample) for index, sample in json.loads(string("pending") or "{}").items()},
+        waits_for=Wait(string("waits_for")) if string("waits_for") else None,
         error_code=string("error_code"),
         error_detail=string("error_detail"),
         credits=Receipt(

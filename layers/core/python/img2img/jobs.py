@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from img2img.backends import GeneratedImage, Pending
 from img2img.errors import OutputBlocked, ServiceError, recorded_error
 from img2img.params import Img2ImgParams
 from img2img.prices import Receipt
@@ -79,11 +80,21 @@ class Source:
     preset: str
 
 
+class Wait(StrEnum):
+    """What a job that is being processed waits for."""
+
+    ENDPOINT_BUSY = "endpoint_busy"
+    ENDPOINT_STARTING = "endpoint_starting"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One request on its way. Times are epoch milliseconds, but `due_at` and `deadline_at` epoch seconds.
 
-    `due_at` is when `sweep` looks at an unfinished job: for a claimed one that is the end of its lease.
+    `due_at` is when `sweep` looks at an unfinished job: for a claimed one that is the end of its lease. `pending` are
+    the samples, by index, that a backend works on by itself; meanwhile the job belongs to no worker. `backend_reason`
+    is the error for which `backend`, and not the one asked first, serves the job. `attempts` counts the claims that
+    were not given back in order, this one included; `failures` the calls, by sample, that may be repeated.
     """
 
     id: str
@@ -94,6 +105,7 @@ class Job:
     params: Img2ImgParams
     metadata: Mapping[str, str] = field(default_factory=dict)
     backend: str
+    backend_reason: str = ""
     source: Source | None = None
     credits: Receipt
     created_ms: int
@@ -102,8 +114,11 @@ class Job:
     due_at: int | None = None
     deadline_at: int
     attempts: int = 0
+    failures: Mapping[int, int] = field(default_factory=dict)
     lease: str | None = None
     outputs: tuple[Output, ...] = ()
+    pending: Mapping[int, Pending] = field(default_factory=dict)
+    waits_for: Wait | None = None
     error_code: str = ""
     error_detail: str = ""
 
@@ -139,6 +154,16 @@ def with_outputs(job: Job, outputs: Iterable[Output]) -> Job:
     return replace(job, outputs=tuple(merged[index] for index in sorted(merged)))
 
 
+def served(job: Job, answer: GeneratedImage | Pending) -> Job:
+    """Return the job with the backend that serves it."""
+    return replace(job, backend=answer.backend, backend_reason=answer.reason)
+
+
+def tries(job: Job, index: int) -> int:
+    """Return how often a claimed job's sample was asked for in vain, as far as is known: a crash may have been one."""
+    return job.attempts - 1 + job.failures.get(index, 0)
+
+
 def missing(job: Job) -> list[int]:
     """Return the samples that have not ended."""
     return [index for index in range(job.params.samples) if job.output(index) is None]
@@ -158,6 +183,8 @@ def ended(job: Job, status: Status, *, at_ms: int, error: ServiceError | None = 
         completed_ms=at_ms,
         due_at=None,
         lease=None,
+        pending={},
+        waits_for=None,
         error_code=error.code if error else "",
         error_detail=error.detail if error else "",
         credits=job.credits.settled(

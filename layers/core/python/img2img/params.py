@@ -68,6 +68,11 @@ class Img2ImgParams:
         """
         return self if self.seed != -1 else replace(self, seed=secrets.randbelow(2**32))
 
+    @property
+    def work(self) -> float:
+        """How much work a sample is, in samples of 20 steps and 512 x 512."""
+        return self.num_inference_steps * self.img_width * self.img_height / (20 * 512 * 512)
+
     def seed_of(self, index: int) -> int:
         """Return the seed of sample `index`: each sample is a call of its own, so a retry repeats one image."""
         return (self.seed + index) % (MAX_SEED + 1)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from img2img.credits import Account
-from img2img.jobs import Job, Output, OutputStatus
+from img2img.jobs import Job, Output, OutputStatus, Wait
 from img2img.params import Img2ImgParams
 from img2img.presets import Preset
 from img2img.prices import Receipt
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 UNIT = "1/1000 credit"
 MAX_PAGE_BYTES = 4_000_000
+_WAITS = {
+    Wait.ENDPOINT_BUSY: "The GPU endpoint has the job, and answers by itself",
+    Wait.ENDPOINT_STARTING: "The GPU endpoint was scaled to zero and is starting, which takes 5 to 10 minutes",
+}
 
 
 def _time(ms: float | None) -> str | None:
@@ -54,6 +58,7 @@ def pipeline_document(job: Job) -> dict[str, Any]:
         "completed_at": _time(job.completed_ms),
         "input": job.params.as_dict(),
         "backend": job.backend,
+        "backend_reason": job.backend_reason or None,
         "outputs": [_output(output) for output in job.outputs] if job.status.is_terminal else [],
         "error": {"code": job.error_code, "detail": job.error_detail} if job.error_code else None,
         "metrics": {
@@ -78,6 +83,7 @@ def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
     for output, shown in zip(job.outputs, document["outputs"], strict=False):
         if output.status is OutputStatus.SUCCEEDED:
             shown |= {"url": services.storage.output_url(output), "url_expires_at": expires}
+    document["status_detail"] = {"code": job.waits_for, "detail": _WAITS[job.waits_for]} if job.waits_for else None
     return document | {"urls": {"get": url, "cancel": f"{url}/cancel"}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,33 +11,31 @@ from typing import TYPE_CHECKING
 from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
-from img2img import images
-from img2img.create import RESEND_AFTER
+from img2img.backends import GeneratedImage, Pending
+from img2img.create import RESEND_AFTER, next_look
 from img2img.errors import (
-    BackendBroken,
     BackendRateLimited,
     DeadlineExceeded,
     InternalError,
     JobError,
     NotFound,
-    OutputBlocked,
-    UnsupportedImage,
 )
 from img2img.jobs import (
     DEADLINE_PASSED,
     Job,
-    Output,
-    OutputStatus,
     Status,
+    Wait,
     failed_output,
-    given_up,
     missing,
+    served,
+    tries,
     with_outputs,
 )
 from img2img.outbox import publish
+from img2img.samples import Sample, StorageTrouble, ask_for, take_answers
 
 if TYPE_CHECKING:
-    from img2img.backends import Backend
+    from img2img.backends.sagemaker import Notice
     from img2img.bootstrap import Services
 
 logger = Logger(child=True)
@@ -47,85 +45,46 @@ logger = Logger(child=True)
 MAX_ATTEMPTS = 3
 
 
-class _StorageTrouble(InternalError):
-    """S3 took no picture for now: another attempt pays for it once more."""
-
-    retryable = True
-
-
-def _not_stored(error: BotoCoreError | ClientError) -> JobError:
-    """Return what became of a picture that S3 did not take. A refusal would come again, and cost the picture again."""
-    status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 503
-    kind = _StorageTrouble if status == 429 or status >= 500 else InternalError
-    return kind("The output could not be stored")
-
-
 @dataclass(frozen=True)
 class Run:
     """What a run came to.
 
-    `job` is None when there was nothing to do, or the job moved on meanwhile; `retry_after` is seconds until the next
-    try. `remaining_credits` is what Segmind last said of its account.
+    `job` is None when there was nothing to do, or the job moved on meanwhile; `held` says that it is another worker's
+    now. `retry_after` is seconds until the next try. `remaining_credits` is what Segmind last said of its account.
     """
 
     job: Job | None = None
+    held: bool = False
     retry_after: int | None = None
     remaining_credits: float | None = None
 
 
-@dataclass
-class _Sample:
-    index: int
-    output: Output | None = None
-    error: JobError | None = None
-    remaining_credits: float | None = None
+def _is_limit(error: JobError | None) -> bool:
+    # To wait for a rate limit is no failure.
+    return isinstance(error, BackendRateLimited)
 
 
-def _generate(services: Services, backend: Backend, job: Job, image: bytes, index: int) -> _Sample:
-    sample = _Sample(index)
-    seed = job.params.seed_of(index)
-    try:
-        generated = backend.generate(image, job.params, seed)
-        sample.remaining_credits = generated.remaining_credits
-        data = generated.data
-        picture = images.examine(data)
-        if picture.black:
-            sample.output = Output(
-                index=index,
-                status=OutputStatus.BLOCKED,
-                seed=seed,
-                seconds=generated.seconds,
-                error_code=OutputBlocked.code,
-            )
-            return sample
-        if wanted := job.params.output_format:
-            data = images.convert(data, wanted)
-            picture = replace(picture, content_type=f"image/{wanted}")
-        sample.output = services.storage.put_output(job, index, data, picture, generated.seconds)
-    except UnsupportedImage:
-        sample.error = BackendBroken("The backend's answer was no image")
-    except JobError as error:
-        sample.error = error
-    except (BotoCoreError, ClientError) as error:
-        logger.warning("output not stored", error=type(error).__name__, index=index)
-        sample.error = _not_stored(error)
-    return sample
+def _with_failures(job: Job, samples: list[Sample]) -> Job:
+    failures = dict(job.failures)
+    for sample in samples:
+        if sample.error and sample.error.retryable and not _is_limit(sample.error):
+            failures[sample.index] = failures.get(sample.index, 0) + 1
+    return replace(job, failures=failures)
 
 
-def _backoff(job: Job, errors: list[JobError], now: float) -> int | None:
-    """Return the seconds to wait before the next attempt, or None when there is to be none."""
-    limited = [error for error in errors if isinstance(error, BackendRateLimited)]
-    if len(limited) < len(errors) and job.attempts >= MAX_ATTEMPTS:
+def _backoff(job: Job, again: Mapping[int, JobError], now: float) -> int | None:
+    """Return the seconds to wait before samples are asked for again, or None when there is no time left for it."""
+    if not again:
         return None
-    waits = [error.retry_after or 0 for error in limited]
-    if len(limited) < len(errors):
-        waits.append(2.0**job.attempts)
+    waits = [
+        (error.retry_after or 0) if _is_limit(error) else 2.0 ** tries(job, index) for index, error in again.items()
+    ]
     wait = math.ceil(max(waits))
     return wait if now + wait < job.deadline_at else None
 
 
-def run_job(services: Services, team: str, job_id: str) -> Run:
-    """Run a job to its end, or to where it has to wait.
+def run_job(services: Services, team: str, job_id: str, notice: Notice | None = None) -> Run:
+    """Run a job to its end, or to where it has to wait; `notice` is what the endpoint said of one of its samples.
 
     A second delivery of the same message finds the job claimed or ended and changes nothing. Raises botocore's
     `ClientError` and `BotoCoreError`, with the job released for another attempt where that was possible.
@@ -133,9 +92,9 @@ def run_job(services: Services, team: str, job_id: str) -> Run:
     claimed, job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
     if job is None or not claimed:
         _tidy(services, team, job_id, job)
-        return Run()
+        return Run(held=job is not None and not job.status.is_terminal)
     try:
-        return _run_claimed(services, job)
+        return _run_claimed(services, job, notice)
     except (BotoCoreError, ClientError):
         # Otherwise the next delivery would wait for the lease to run out.
         due_at = min(int(services.clock()) + RESEND_AFTER, job.deadline_at)
@@ -144,43 +103,101 @@ def run_job(services: Services, team: str, job_id: str) -> Run:
         raise
 
 
-def _run_claimed(services: Services, job: Job) -> Run:
-    if job.attempts > 1:
+def collect(services: Services, notice: Notice) -> Run:
+    """Take the answer that a notice is about into its job; raises as `run_job` does.
+
+    A notice that comes twice, or after its job's end, changes nothing; one that comes before the worker has written
+    down what it asked for finds the job `held`, and has to come again.
+    """
+    team, job_id, _ = notice.name.split("/", 2)
+    return run_job(services, team, job_id, notice)
+
+
+def _run_claimed(services: Services, job: Job, notice: Notice | None) -> Run:
+    if services.settings.backend == "segmind":
+        # The endpoint was taken out of service, and its answers with it.
+        job = replace(job, pending={})
+    samples = take_answers(services, job, notice)
+    over = {sample.index for sample in samples if sample.is_over}
+    absent = [index for index in missing(job) if index not in over and index not in job.pending]
+    if absent and job.attempts > 1:
         # An earlier attempt may have crashed with pictures already paid for and stored.
         job = with_outputs(job, services.storage.stored_outputs(job))
+        absent = [index for index in absent if index in missing(job)]
     if services.clock() >= job.deadline_at:
-        job = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
-    elif job.attempts > MAX_ATTEMPTS:
-        job = given_up(job, InternalError("The job could not be completed"))
-    indexes = missing(job)
-    if not indexes:
-        return _finish(services, job)
-    image = services.storage.get_input(job)
-    # Made before there are threads: neither boto3's session nor `cached_property` makes one thing once for all of them.
-    backend = services.backend
-    with ThreadPoolExecutor(len(indexes)) as pool:
-        samples = list(pool.map(lambda index: _generate(services, backend, job, image, index), indexes))
-    return _conclude(services, job, samples)
+        left = [index for index in missing(job) if index not in over]
+        samples += [Sample(index=index, error=DeadlineExceeded(DEADLINE_PASSED)) for index in left]
+    else:
+        # Only crashes lead here: who counts a failure also sees when it was the last one.
+        given_up = [index for index in absent if tries(job, index) >= MAX_ATTEMPTS]
+        samples += [Sample(index=index, error=InternalError("The job could not be completed")) for index in given_up]
+        samples += ask_for(services, job, [index for index in absent if index not in given_up])
+    return _conclude(services, job, samples, told=notice is not None)
 
 
-def _conclude(services: Services, job: Job, samples: list[_Sample]) -> Run:
-    """Keep what ended, wait for what may be asked for again, or finish."""
+def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool) -> Run:
+    """Keep what ended, wait for what is on its way or may be asked for again, or finish."""
+    now = services.clock()
+    job = _with_failures(job, samples)
+    again = {
+        sample.index: sample.error
+        for sample in samples
+        if sample.error
+        and sample.error.retryable
+        and (_is_limit(sample.error) or tries(job, sample.index) < MAX_ATTEMPTS)
+    }
+    wait = _backoff(job, again, now)
     done = [sample.output for sample in samples if sample.output]
-    errors = {sample.index: sample.error for sample in samples if sample.error}
-    again = [error for error in errors.values() if error.retryable]
-    left = min((s.remaining_credits for s in samples if s.remaining_credits is not None), default=None)
-    wait = _backoff(job, again, services.clock()) if again else None
-    failed = [failed_output(job, index, e) for index, e in errors.items() if wait is None or not e.retryable]
-    job = with_outputs(job, [*done, *failed])
-    if wait is None:
+    failed = [
+        failed_output(job, s.index, s.error) for s in samples if s.error and (wait is None or s.index not in again)
+    ]
+    job = _on_its_way(with_outputs(job, [*done, *failed]), samples)
+    credits_left = [
+        sample.answer.remaining_credits
+        for sample in samples
+        if isinstance(sample.answer, GeneratedImage) and sample.answer.remaining_credits is not None
+    ]
+    left = min(credits_left, default=None)
+    if not missing(job):
         return replace(_finish(services, job), remaining_credits=left)
-    # The message's own return comes first; `sweep` only steps in when that is lost.
-    due_at = min(int(services.clock()) + wait + RESEND_AFTER, job.deadline_at)
-    counts = not all(isinstance(error, BackendRateLimited) for error in again)
-    if not services.jobs.release(job, due_at=due_at, counts=counts):
+    job = replace(job, waits_for=_what_for(services, job, told=told))
+    # The endpoint's notice, or the message's own return, comes first; `sweep` only steps in when that is lost.
+    due_at = next_look(job, int(now)) if wait is None else min(int(now) + wait + RESEND_AFTER, job.deadline_at)
+    if not services.jobs.release(job, due_at=due_at, counts=False):
         return replace(_discard(services, job), remaining_credits=left)
-    logger.info("job waits", codes=sorted({e.code for e in again}), seconds=wait, attempt=job.attempts)
+    logger.info(
+        "job waits",
+        codes=sorted({error.code for error in again.values()}),
+        pending=len(job.pending),
+        seconds=wait,
+        failures=sum(job.failures.values()),
+    )
     return Run(job, retry_after=wait, remaining_credits=left)
+
+
+def _what_for(services: Services, job: Job, *, told: bool) -> Wait | None:
+    if not job.pending:
+        return None
+    if told:
+        # It answers, so it runs.
+        return Wait.ENDPOINT_BUSY
+    return Wait.ENDPOINT_STARTING if services.sagemaker.is_cold() else Wait.ENDPOINT_BUSY
+
+
+def _on_its_way(job: Job, samples: list[Sample]) -> Job:
+    """Return the job with the samples that are pending now, and the backend that serves it."""
+    pending = dict(job.pending)
+    for sample in samples:
+        if isinstance(sample.answer, Pending):
+            pending[sample.index] = sample.answer
+        elif sample.error and not isinstance(sample.error, StorageTrouble):
+            # It has to be asked for again; what only could not be stored is still there to be fetched.
+            pending.pop(sample.index, None)
+        # One sample that another backend had to serve tells of all.
+        if sample.answer and (sample.answer.reason or not job.backend_reason):
+            job = served(job, sample.answer)
+    absent = set(missing(job))
+    return replace(job, pending={index: sample for index, sample in pending.items() if index in absent})
 
 
 def _finish(services: Services, job: Job) -> Run:

@@ -7,8 +7,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 
-def _setting(name: str, help: str, default: Any = MISSING) -> Any:  # noqa: A002 (the usual name for it)
-    return field(metadata={"name": name, "help": help}, **({} if default is MISSING else {"default": default}))
+def _setting(name: str, help: str, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002 (the usual name)
+    metadata = {"name": name, "help": help, "choices": choices}
+    return field(metadata=metadata, **({} if default is MISSING else {"default": default}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,25 @@ class Settings:
     segmind_secret_id: str = _setting("SEGMIND_SECRET_ID", "Secrets Manager secret that holds the Segmind key")
     segmind_base_url: str = _setting("SEGMIND_BASE_URL", "address of Segmind's v1 API", "https://api.segmind.com/v1")
     segmind_timeout: int = _setting("SEGMIND_TIMEOUT_SECONDS", "longest wait for one Segmind answer", 90)
+    backend: str = _setting(
+        "BACKEND",
+        "what generates: segmind, sagemaker, or auto (Segmind first)",
+        "segmind",
+        ("segmind", "sagemaker", "auto"),
+    )
+    fallback_after: int = _setting(
+        "FALLBACK_AFTER_SECONDS",
+        "with `auto`, wait for Segmind's picture of 20 steps, 512 x 512, others in proportion",
+        8,
+    )
+    sagemaker_endpoint: str = _setting("SAGEMAKER_ENDPOINT", "name of the SageMaker endpoint", "")
+    sagemaker_invocation: str = _setting(
+        "SAGEMAKER_INVOCATION", "how the endpoint is called: async or realtime", "async", ("async", "realtime")
+    )
+    sagemaker_timeout: int = _setting(
+        "SAGEMAKER_TIMEOUT_SECONDS", "longest that the endpoint may work on one sample, once it has begun", 600
+    )
+    results_queue_url: str = _setting("RESULTS_QUEUE_URL", "SQS queue of SageMaker's notices of what it has done", "")
     price_base: str = _setting(
         "PRICE_BASE", "thousandths of a credit for a sample of 20 steps and 512 x 512, `backend=` others", "1000"
     )
@@ -36,6 +56,11 @@ class Settings:
     max_image_bytes: int = _setting("MAX_IMAGE_BYTES", "largest image file accepted", 25_000_000)
     max_image_pixels: int = _setting("MAX_IMAGE_PIXELS", "most pixels an image may have", 64_000_000)
     cors_origin: str = _setting("CORS_ORIGIN", "origin that browsers may call from", "*")
+
+    @property
+    def first_backend(self) -> str:
+        """The backend that a new job is meant for, and priced by: with `auto` that is Segmind."""
+        return "sagemaker" if self.backend == "sagemaker" else "segmind"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -57,6 +82,8 @@ class Settings:
                     problems.append(f"{name} must be a whole number, not {text!r}")
                     continue
                 values[item.name] = int(text)
+            elif (choices := item.metadata["choices"]) and text not in choices:
+                problems.append(f"{name} must be one of {', '.join(choices)}, not {text!r}")
             else:
                 values[item.name] = text
         if problems:

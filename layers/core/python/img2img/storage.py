@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -98,7 +99,7 @@ class Storage:
             if error.response["Error"].get("Code") not in ("NoSuchKey", "404"):
                 raise
             raise NotFound.of_field("image", f"there is no upload {upload_id}; it may not have been sent yet") from None
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:
             images.refuse_larger(answer["ContentLength"], self._max_image_bytes)
             return body.read()
 
@@ -116,7 +117,7 @@ class Storage:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 412):
                 raise
             return None
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:
             images.refuse_larger(answer["ContentLength"], self._max_image_bytes)
             return body.read(), answer["Metadata"]
 
@@ -129,7 +130,7 @@ class Storage:
     def get_input(self, job: Job) -> bytes:
         """Return the picture that a job sends to its backend."""
         answer = self._client.get_object(Bucket=self._uploads, Key=self._input_key(job.team, job.id))
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:
             return body.read()
 
     def put_output(self, job: Job, index: int, data: bytes, picture: images.Picture, seconds: float) -> Output:
@@ -186,7 +187,7 @@ class Storage:
     def get_output(self, output: Output) -> bytes:
         """Return a generated picture."""
         answer = self._client.get_object(Bucket=self._results, Key=output.key)
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:
             return body.read()
 
     def output_url(self, output: Output) -> str:

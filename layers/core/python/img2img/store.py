@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from img2img.dynamo import (
     new_job,
     number,
     outputs_json,
+    pending_json,
     receipt,
     text,
     through_conflicts,
@@ -250,13 +252,14 @@ class JobStore:
         now = int(self._clock())
         lease = new_id(now * 1000)
         waiting = "#status = :queued"
+        at_a_backend = "(#status = :processing AND attribute_not_exists(lease))"
         lease_ran_out = "(#status = :processing AND due_at <= :now)"
         claimed, job = self._update(
             team,
             job_id,
             "SET #status = :processing, lease = :lease, due_at = :due, "
             "started_ms = if_not_exists(started_ms, :now_ms) ADD attempts :one",
-            f"{waiting} OR {lease_ran_out}",
+            f"{waiting} OR {at_a_backend} OR {lease_ran_out}",
             {
                 ":queued": text(Status.QUEUED),
                 ":processing": text(Status.PROCESSING),
@@ -271,26 +274,34 @@ class JobStore:
         return claimed or (job is not None and job.lease == lease), job
 
     def release(self, job: Job, *, due_at: int, counts: bool) -> bool:
-        """Give a claimed job back to the queue, keeping the samples that ended.
+        """Give a claimed job back to the queue or, with samples pending, leave it to its backend. What ended is kept.
 
-        `counts` is False for a wait that was no attempt. Returns False when the job is no longer this worker's.
+        `counts` says that it counts as an attempt all the same. Returns False when the job is no longer this worker's.
         """
         still_ours = "lease = :lease"
         released, held = self._update(
             job.team,
             job.id,
-            "SET #status = :queued, due_at = :due, outputs = :outputs REMOVE lease ADD attempts :uncounted",
+            "SET #status = :status, due_at = :due, outputs = :outputs, pending = :pending, waits_for = :waits_for, "
+            "failures = :failures, backend = :backend, backend_reason = :reason REMOVE lease ADD attempts :uncounted",
             still_ours,
             {
-                ":queued": text(Status.QUEUED),
+                ":status": text(Status.PROCESSING if job.pending else Status.QUEUED),
                 ":due": number(due_at),
                 ":outputs": outputs_json(job.outputs),
+                ":pending": pending_json(job.pending),
+                ":backend": text(job.backend),
+                ":reason": text(job.backend_reason),
+                ":waits_for": text(job.waits_for or ""),
+                ":failures": text(json.dumps(job.failures)),
                 ":uncounted": number(0 if counts else -1),
                 ":lease": text(job.lease or ""),
             },
         )
         # As with the claim, an answer may have been lost.
-        return released or (held is not None and held.status is Status.QUEUED and held.due_at == due_at)
+        return released or (
+            held is not None and not held.status.is_terminal and held.lease is None and held.due_at == due_at
+        )
 
     def finish(self, job: Job) -> Job | None:
         """End a job whose samples have all ended, which the caller holds as claimed or, for `sweep`, as last seen.
@@ -312,6 +323,8 @@ class JobStore:
             "status": text(job.status),
             "completed_ms": number(job.completed_ms or 0),
             "outputs": outputs_json(job.outputs),
+            "backend": text(job.backend),
+            "backend_reason": text(job.backend_reason),
             "error_code": text(job.error_code),
             "error_detail": text(job.error_detail),
             "expires_at": self._expires_at(job),
@@ -321,7 +334,7 @@ class JobStore:
             "TableName": self._table,
             "Key": self._key(job.team, job.id),
             "UpdateExpression": f"SET {', '.join(f'#{name} = :{name}' for name in sets)} "
-            "REMOVE lease, due_at, open_shard",
+            "REMOVE lease, due_at, open_shard, pending, waits_for",
             "ConditionExpression": condition,
             "ExpressionAttributeNames": {f"#{name}": name for name in sets},
             "ExpressionAttributeValues": {f":{name}": value for name, value in sets.items()} | dict(values),
@@ -377,17 +390,22 @@ class JobStore:
                     yield job
 
     def postpone(self, job: Job, *, due_at: int) -> bool:
-        """Set when `sweep` looks at a queued job again.
+        """Set when `sweep` looks again at a job that belongs to no worker.
 
         Returns False when the job has moved on or another sweep came first.
         """
-        still_queued = "#status = :queued"
+        still_waiting = "#status IN (:queued, :processing) AND attribute_not_exists(lease)"
         as_seen = "due_at = :seen"
         postponed, _ = self._update(
             job.team,
             job.id,
             "SET due_at = :due",
-            f"{still_queued} AND {as_seen}",
-            {":queued": text(Status.QUEUED), ":seen": number(job.due_at or 0), ":due": number(due_at)},
+            f"{still_waiting} AND {as_seen}",
+            {
+                ":queued": text(Status.QUEUED),
+                ":processing": text(Status.PROCESSING),
+                ":seen": number(job.due_at or 0),
+                ":due": number(due_at),
+            },
         )
         return postponed

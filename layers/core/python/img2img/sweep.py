@@ -9,7 +9,7 @@ from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import observe
-from img2img.create import RESEND_AFTER
+from img2img.create import next_look
 from img2img.errors import DeadlineExceeded
 from img2img.jobs import DEADLINE_PASSED, Job, Status, given_up
 from img2img.outbox import publish
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
     from img2img.bootstrap import Services
 
 logger = Logger(child=True)
-
-
-def _next_look(job: Job, now: int) -> int:
-    """Return when to send a queued job again: ever later, so that a long queue is not filled with repeats."""
-    age = now - job.created_ms // 1000
-    return min(now + max(RESEND_AFTER, age), max(job.deadline_at, now + 1))
 
 
 def _look_after(services: Services, job: Job) -> str | None:
@@ -35,8 +29,9 @@ def _look_after(services: Services, job: Job) -> str | None:
             return None
         observe.job_ended(logger, expired)
         return expired.status
-    # An attempt may have stored pictures before it crashed: a worker finds them, and ends the job with them.
-    grace = services.settings.lease_seconds if job.attempts else 0
+    # An attempt may have stored pictures before it crashed, and the endpoint may have answered unheard: a worker finds
+    # them, and ends the job with them.
+    grace = services.settings.lease_seconds if job.attempts or job.pending else 0
     if now >= job.deadline_at + grace:
         past = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
         if job.source:
@@ -51,8 +46,8 @@ def _look_after(services: Services, job: Job) -> str | None:
     # First sent, then postponed: a message too many does no harm, a lost one would.
     services.queue.send(job)
     # A claimed job stays as it is: its lease has run out, and the worker that gets the message claims it.
-    if job.status is Status.QUEUED:
-        services.jobs.postpone(job, due_at=_next_look(job, now))
+    if job.lease is None:
+        services.jobs.postpone(job, due_at=next_look(job, now))
     logger.info("job resent", correlation_id=job.correlation_id, job_id=job.id, team=job.team)
     return "resent"
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import requests
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError, ProtocolError, ReadTimeoutError
 
-from img2img.backends import GeneratedImage
+from img2img.backends import GeneratedImage, request_body
 from img2img.backends.transport import Transport
 from img2img.errors import (
     BackendBroken,
@@ -55,6 +55,7 @@ class KeySource(Protocol):
 class SegmindBackend:
     """Generates through Segmind. Safe to share between threads; keeps its connections between calls.
 
+    `timeout` is how long a call may take, `patience` how long one for these parameters may where that is less.
     `session` may bring TLS settings (`verify`, `cert`); its transport is replaced. `clock` tells Unix time.
     """
 
@@ -64,6 +65,7 @@ class SegmindBackend:
         base_url: str,
         key: KeySource,
         timeout: float,
+        patience: Callable[[Img2ImgParams], float] = lambda _: math.inf,
         session: requests.Session | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -72,6 +74,7 @@ class SegmindBackend:
         self._url = base_url.rstrip("/") + "/sd1.5-img2img"
         self._key = key
         self._timeout = timeout
+        self._patience = patience
         self._clock = clock
         self._session = session or requests.Session()
         # A proxy or ~/.netrc of the environment must see neither the key nor the images.
@@ -79,38 +82,33 @@ class SegmindBackend:
         for scheme in ("https://", "http://"):
             self._session.mount(scheme, Transport(limit=timeout, clock=clock))
 
-    def generate(self, image: bytes, params: Img2ImgParams, seed: int) -> GeneratedImage:
+    def generate(
+        self,
+        image: bytes,
+        params: Img2ImgParams,
+        seed: int,
+        *,
+        name: str = "",  # noqa: ARG002 (Segmind knows no such thing)
+        until: float = math.inf,  # noqa: ARG002
+    ) -> GeneratedImage:
         """Return one picture, for one billed call at most.
 
         Raises `BackendUnauthorized`, `BackendOutOfCredits`, `BackendRefused`, `BackendRateLimited` (with
         `retry_after`), `BackendFailed`, `BackendGatewayTimeout`, `BackendUnreachable`, `BackendTimeout` and
         `BackendBroken`.
         """
-        body = {
-            "image": base64.b64encode(image).decode(),
-            "prompt": params.prompt,
-            "negative_prompt": params.negative_prompt,
-            "samples": 1,
-            "scheduler": params.scheduler,
-            "num_inference_steps": params.num_inference_steps,
-            "guidance_scale": params.guidance_scale,
-            # Never left out: Segmind's default of 1 ignores the image.
-            "strength": params.strength,
-            "seed": seed,
-            "img_width": params.img_width,
-            "img_height": params.img_height,
-            "base64": False,
-        }
+        body = request_body(image, params, seed, as_json=False)
         key = self._key(refresh=False).strip()
         if key in ("", UNSET_KEY):
             # The cache may be older than the operator's first key.
             key = self._key(refresh=True).strip()
-        answer = self._post(body, key)
+        timeout = min(self._timeout, self._patience(params))
+        answer = self._post(body, key, timeout)
         if answer.status == 401:
             fresh = self._key(refresh=True).strip()
             if fresh != key:
                 key = fresh
-                answer = self._post(body, key)
+                answer = self._post(body, key, timeout)
         said = partial(_said, answer.body, key, (params.prompt, params.negative_prompt))
         if answer.status != 200:
             raise _error(answer, said, self._clock())
@@ -123,7 +121,7 @@ class SegmindBackend:
             remaining_credits=_number(answer.headers.get("x-remaining-credits")),
         )
 
-    def _post(self, body: Mapping[str, Any], key: str) -> _Answer:
+    def _post(self, body: Mapping[str, Any], key: str, timeout: float) -> _Answer:
         if key in ("", UNSET_KEY):
             raise BackendUnauthorized("The Segmind key is not set")
         if not re.fullmatch(r"[!-~]+", key):
@@ -134,7 +132,7 @@ class SegmindBackend:
                 self._url,
                 json=body,
                 headers={"x-api-key": key, "Accept": "image/*, application/json", "Accept-Encoding": "identity"},
-                timeout=(min(CONNECT_SECONDS, self._timeout), self._timeout),
+                timeout=(min(CONNECT_SECONDS, timeout), timeout),
                 allow_redirects=False,  # the key would travel along
                 stream=True,
             ) as response:

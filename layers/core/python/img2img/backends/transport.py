@@ -25,7 +25,8 @@ IDLE_SECONDS = 20.0
 class Transport(HTTPAdapter):
     """One pool for all threads. Whatever keeps a connection from being made is a `NewConnectionError`.
 
-    A request and its answer take at most `limit` seconds, however they drip. Nothing is repeated.
+    A request and its answer take at most `limit` seconds, and the read timeout of the call, however they drip. Nothing
+    is repeated.
     """
 
     def __init__(self, *, limit: float, clock: Callable[[], float]) -> None:
@@ -46,6 +47,7 @@ class Transport(HTTPAdapter):
 class _Connection(HTTPConnection):
     limit: ClassVar[float]
     clock: ClassVar[staticmethod[[], float]]
+    _started = 0.0
     _deadline = 0.0
     _used = 0.0
 
@@ -64,7 +66,8 @@ class _Connection(HTTPConnection):
         return 0 <= self.clock() - self._used < IDLE_SECONDS and super().is_connected
 
     def request(self, *args: Any, **kwargs: Any) -> None:
-        self._deadline = time.monotonic() + self.limit
+        self._started = time.monotonic()
+        self._deadline = self._started + self.limit
         super().request(*args, **kwargs)
 
     def send(self, data: Any) -> None:
@@ -73,6 +76,9 @@ class _Connection(HTTPConnection):
         super().send(data)
 
     def getresponse(self) -> Any:
+        # By now urllib3 has put the read timeout here.
+        if isinstance(self.timeout, int | float):
+            self._deadline = min(self._deadline, self._started + self.timeout)
         self.response_class = partial(_response, deadline=self._deadline)  # type: ignore[assignment]
         response = super().getresponse()
         self._used = self.clock()

@@ -1,0 +1,70 @@
+"""One backend first, and another when that one cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from img2img.backends import Backend, GeneratedImage, Pending
+from img2img.errors import (
+    BackendFailed,
+    BackendGatewayTimeout,
+    BackendOutOfCredits,
+    BackendRateLimited,
+    BackendTimeout,
+    BackendUnauthorized,
+    BackendUnreachable,
+    JobError,
+)
+from img2img.params import Img2ImgParams
+
+# What says nothing about the request: the other backend may well serve it.
+_UNABLE = (
+    BackendOutOfCredits,
+    BackendUnauthorized,
+    BackendFailed,
+    BackendUnreachable,
+    BackendTimeout,
+    BackendGatewayTimeout,
+)
+# So long the first backend is left alone: else every sample of an outage would wait for it to fail.
+PAUSE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class _Outage:
+    reason: str
+    until: float
+
+
+class AutoBackend:
+    """Asks `first`, and `second` when the first is out of credits, unauthorised, down, or rate limited for too long.
+
+    What it gives back carries the code of the first one's error as `reason`. `clock` tells epoch seconds.
+    """
+
+    def __init__(self, first: Backend, second: Backend, *, clock: Callable[[], float]) -> None:
+        self._first = first
+        self._second = second
+        self._clock = clock
+        self._outage: _Outage | None = None
+
+    def generate(
+        self, image: bytes, params: Img2ImgParams, seed: int, *, name: str, until: float
+    ) -> GeneratedImage | Pending:
+        """Return what one of the two gives. Raises what the second raises, and what the request is to blame for."""
+        outage = self._outage
+        if outage is None or self._clock() >= outage.until:
+            try:
+                return self._first.generate(image, params, seed, name=name, until=until)
+            except _UNABLE as error:
+                outage = self._outage = self._pause(error)
+            except BackendRateLimited as error:
+                now = self._clock()
+                if now + (error.retry_after or 0) < until:
+                    raise
+                outage = self._pause(error)
+        return replace(self._second.generate(image, params, seed, name=name, until=until), reason=outage.reason)
+
+    def _pause(self, error: JobError) -> _Outage:
+        return _Outage(error.code, self._clock() + PAUSE_SECONDS)

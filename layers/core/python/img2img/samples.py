@@ -1,0 +1,144 @@
+"""One sample of a job: asked for, or taken from where the endpoint left it, and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from aws_lambda_powertools import Logger
+from botocore.exceptions import BotoCoreError, ClientError
+
+from img2img import images
+from img2img.backends import GeneratedImage, Pending
+from img2img.backends.sagemaker import Notice, failure
+from img2img.errors import BackendBroken, InternalError, JobError, OutputBlocked, UnsupportedImage
+from img2img.jobs import Job, Output, OutputStatus, missing
+
+if TYPE_CHECKING:
+    from img2img.bootstrap import Services
+    from img2img.storage import Storage
+
+logger = Logger(child=True)
+
+
+class StorageTrouble(InternalError):
+    """S3 took no picture for now: another attempt pays for it once more."""
+
+    retryable = True
+
+
+def _not_stored(error: BotoCoreError | ClientError) -> JobError:
+    """Return what became of a picture that S3 did not take. A refusal would come again, and cost the picture again."""
+    status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 503
+    kind = StorageTrouble if status == 429 or status >= 500 else InternalError
+    return kind("The output could not be stored")
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """What became of one sample in this run: an output, an error, or a place where it will be. `asked`: in this run."""
+
+    index: int
+    asked: bool = False
+    answer: GeneratedImage | Pending | None = None
+    output: Output | None = None
+    error: JobError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it in this run or by itself."""
+        return self.output is not None or self.error is not None
+
+
+def _keep(storage: Storage, job: Job, index: int, generated: GeneratedImage) -> Output:
+    """Store a picture, unless there is none to see. Raises `UnsupportedImage` and botocore's errors."""
+    data = generated.data
+    picture = None if generated.flagged else images.examine(data)
+    if picture is None or picture.black:
+        return Output(
+            index=index,
+            status=OutputStatus.BLOCKED,
+            seed=job.params.seed_of(index),
+            seconds=generated.seconds,
+            error_code=OutputBlocked.code,
+        )
+    if wanted := job.params.output_format:
+        data = images.convert(data, wanted)
+        picture = replace(picture, content_type=f"image/{wanted}")
+    return storage.put_output(job, index, data, picture, generated.seconds)
+
+
+def _take(storage: Storage, job: Job, sample: Sample, get: Callable[[int], GeneratedImage | Pending | None]) -> None:
+    try:
+        sample.answer = get(sample.index)
+    except JobError as error:
+        sample.error = error
+        return
+    if not isinstance(sample.answer, GeneratedImage):
+        return
+    try:
+        sample.output = _keep(storage, job, sample.index, sample.answer)
+    except UnsupportedImage:
+        sample.error = BackendBroken("The backend's answer was no image")
+    except JobError as error:
+        sample.error = error
+    except (BotoCoreError, ClientError) as error:
+        logger.warning("output not stored", error=type(error).__name__, index=sample.index)
+        sample.error = _not_stored(error)
+
+
+def _take_all(
+    services: Services, job: Job, samples: list[Sample], get: Callable[[int], GeneratedImage | Pending | None]
+) -> list[Sample]:
+    if samples:
+        # Made before there are threads: neither boto3's session nor `cached_property` makes one thing once for all.
+        storage = services.storage
+        with ThreadPoolExecutor(len(samples)) as pool:
+            list(pool.map(lambda sample: _take(storage, job, sample, get), samples))
+    return samples
+
+
+def take_answers(services: Services, job: Job, notice: Notice | None) -> list[Sample]:
+    """Take what the endpoint has done by itself, of which a notice tells of one sample.
+
+    The others are looked for as well: the samples of a job run together, and so end together. A picture counts
+    whichever call it came from, for all calls for a sample ask for the same one; a failure only of the call that the
+    job waits for.
+    """
+    waiting, failed = dict(job.pending), []
+    if notice and notice.output and notice.index in missing(job):
+        call = waiting.get(notice.index) or Pending(inference_id=notice.inference_id, output="", failure="")
+        waiting[notice.index] = replace(call, output=notice.output)
+    elif notice and not notice.output and _is_of(notice, waiting.get(notice.index)):
+        del waiting[notice.index]
+        failed = [Sample(index=notice.index, error=failure(notice.failure_reason))]
+    if not waiting:
+        return failed
+    endpoint = services.sagemaker
+
+    def answer(index: int) -> GeneratedImage | None:
+        found = endpoint.answer(waiting[index])
+        return replace(found, reason=waiting[index].reason) if found else None
+
+    return failed + _take_all(services, job, [Sample(index=index) for index in waiting], answer)
+
+
+def _is_of(notice: Notice, call: Pending | None) -> bool:
+    return call is not None and call.inference_id == notice.inference_id
+
+
+def ask_for(services: Services, job: Job, indexes: list[int]) -> list[Sample]:
+    """Ask the backend for samples, all at the same time. Raises botocore's errors for the picture they start from."""
+    if not indexes:
+        return []
+    image = services.storage.get_input(job)
+    backend = services.backend
+
+    def generate(index: int) -> GeneratedImage | Pending:
+        # The claim's own id keeps the notices of earlier calls apart.
+        name = f"{job.team}/{job.id}/{job.lease}/{index}"
+        return backend.generate(image, job.params, job.params.seed_of(index), name=name, until=job.deadline_at)
+
+    return _take_all(services, job, [Sample(index=index, asked=True) for index in indexes], generate)
