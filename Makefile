@@ -56,7 +56,7 @@ test: $(DEV) $(SAM_CLI) ## Run the tests; ARGS="tests/unit -k name" picks some
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-endpoint: $(ENDPOINT_DEV) ## Run the tests of the SageMaker endpoint's container; ARGS="-k name" picks some
-	$(ENDPOINT_PY) -m pytest tests/endpoint $(ARGS)
+	$(ENDPOINT_PY) -m pytest -n $(WORKERS) --dist loadfile tests/endpoint $(ARGS)
 
 lint: $(DEV) ## Check style, types and the template
 	$(PY) -m ruff check .
@@ -77,7 +77,7 @@ secret: $(RUN) ## Store the Segmind key of a deployed stack; asks for it, or rea
 
 model: $(RUN) $(ENDPOINT_RUN) ## Convert a model for the endpoint and put it into S3: MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME (or URI=s3://BUCKET/PREFIX/), SAFETY_CHECKER=on
 	@test -n "$(MODEL)" && test -n "$(URI)" || { echo "make model MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME" >&2; exit 2; }
-	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
 	$(ENDPOINT_PY) -m endpoint.weights $(if $(filter on,$(SAFETY_CHECKER)),--safety-checker) "$(MODEL)" "$$folder" && \
 	$(PY) -c "$$UPLOAD_MODEL" "$$folder" "$(URI)" "$(REGION)"
 
@@ -167,6 +167,8 @@ export UPLOAD_MODEL
 define PUSH_IMAGE
 import base64, os, subprocess, sys, boto3
 repository, tag, region = sys.argv[1], sys.argv[2], sys.argv[3] or None
+if "/" in repository:
+    sys.exit("REPOSITORY must have no slash, or the template does not take the image")
 ecr = boto3.Session(region_name=region).client("ecr")
 try:
     made = ecr.create_repository(repositoryName=repository, imageTagMutability="IMMUTABLE", imageScanningConfiguration={"scanOnPush": True})

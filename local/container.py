@@ -129,10 +129,12 @@ def _model(model: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    # In production it is given no key either. Of our own packages it sees none.
+    # In production it is given no key and no credentials either. Of our own packages it sees none.
     ours = ("SEGMIND_API_KEY", "API_KEY", "PYTHONPATH")
     # The rest of the system runs beside it: threads that spin while they wait would cost it most of a small machine.
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | {name: value for name, value in os.environ.items() if name not in ours}
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | {
+        name: value for name, value in os.environ.items() if not name.startswith(("AWS_", *ours))
+    }
 
 
 def _free_port() -> int:

@@ -40,7 +40,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import urllib3
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
 from local.http_server import Handler, LoopbackServer
 from local.inference import HEADER, STATUSES, TIMED_OUT, Answer, Invocation, ModelError, ask, timestamp
@@ -248,9 +248,9 @@ class SageMaker:
         try:
             if invocation.behaviour != "lost":
                 self._publish(invocation, self._outcome(invocation))
-        except (BotoCoreError, ClientError) as error:
+        except Exception:  # noqa: BLE001 (nobody reads the future of a thread in a pool)
             if not self._stopping:
-                _log.warning("an answer could not be delivered: %s", type(error).__name__)
+                _log.exception("an answer could not be delivered")
         finally:
             invocation.done.set()
 

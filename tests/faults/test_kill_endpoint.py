@@ -360,7 +360,7 @@ COLLECTS = {
     "expired": Walk(_expired, ASK_AGAIN, asked=2),
     "asked for again": Walk(
         _failed_before,
-        ("UpdateItem", "ListObjectsV2", "GetObject", "PutObject 0", "InvokeEndpointAsync 0", "UpdateItem #2"),
+        ("UpdateItem", "GetObject", "PutObject 0", "InvokeEndpointAsync 0", "UpdateItem #2"),
         asked=2,
     ),
 }

@@ -133,6 +133,25 @@ def test_a_rate_limit_past_the_deadline_leads_to_the_endpoint(system):
     assert_settled(system, charged=PRICE)
 
 
+def test_rate_limits_without_end_leave_the_endpoint_the_time_it_needs(system):
+    system.segmind.reset_in = 10
+    system.segmind.behave("429", 9)
+    job_id = create(system)
+    [record] = system.receive()
+    for _ in range(2):
+        assert not system.work(record)
+        system.clock.advance(100)
+    # Of the 1,800 seconds there are those left that it may take to start, or to answer in real time.
+    asynchronous = system.sagemaker.endpoint.asynchronous
+    system.clock.advance(1_005 if asynchronous else 1_540)
+    assert system.work(record)
+    if asynchronous:
+        system.hear()
+    job = system.job(job_id)
+    assert (job["status"], job["backend"], job["backend_reason"]) == ("succeeded", "sagemaker", "backend_rate_limited")
+    assert served(system) == (3, 1)
+
+
 def test_a_rate_limit_before_the_deadline_is_waited_for(system):
     system.segmind.reset_in = 30
     system.segmind.behave("429")

@@ -502,6 +502,35 @@ def test_each_sample_has_attempts_of_its_own(system, samples):
     assert_settled(system, charged=samples * PRICE)
 
 
+def test_a_sample_that_failed_does_not_come_again_with_the_notice_of_another(system):
+    system.container.next.append(500)
+    started(system, samples=2)
+    failed, other = sorted(heard(system), key=lambda record: "Completed" in record["body"])
+    assert not system.collect(failed)
+    assert system.collect(other)
+    assert sum(calls(system).values()) == 2
+    assert system.collect(failed)
+    system.settle()
+    assert sum(calls(system).values()) == 3
+
+
+def test_trouble_with_reading_answers_is_no_failure_of_a_sample(system, at):
+    system.sagemaker.behave("expired")
+    job_id = started(system, samples=2)
+
+    def fail() -> None:
+        raise EndpointConnectionError(endpoint_url="https://aws.example")
+
+    expired, answered = sorted(heard(system), key=lambda record: "Completed" in record["body"])
+    for _ in range(4):
+        at("before GetObject", fail)
+        assert not system.collect(answered)
+    assert not system.collect(expired)
+    assert system.collect(expired)
+    run_out(system, job_id)
+    assert outcomes(system.job(job_id)) == ["succeeded"] * 2
+
+
 def test_one_sample_that_fails_for_good_leaves_the_others(system):
     system.container.next.append(400)
     job_id = started(system, samples=3)
@@ -737,6 +766,35 @@ def test_what_the_endpoint_made_before_it_was_taken_out_of_service_is_not_made_a
     assert (job["status"], job["backend"]) == ("succeeded", "sagemaker")
     assert system.segmind.calls == []
     assert_settled(system, charged=PRICE)
+
+
+def replace_endpoint(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put another endpoint in place of the one there is."""
+    name = "another-endpoint"
+    system.sagemaker.endpoint = replace(system.sagemaker.endpoint, name=name)
+    redeployed(system, monkeypatch, SAGEMAKER_ENDPOINT=name)
+    system.clock.advance(61)
+    assert system.sweep() == {"resent": 1}
+
+
+def test_what_an_endpoint_took_along_when_it_was_replaced_is_asked_for_again(system, monkeypatch):
+    system.sagemaker.behave("lost", 2)
+    job_id = started(system, samples=2)
+    replace_endpoint(system, monkeypatch)
+    run_out(system, job_id)
+    assert outcomes(system.job(job_id)) == ["succeeded"] * 2
+    assert len(system.sagemaker.invocations) == 4
+    assert_settled(system, charged=2 * PRICE)
+
+
+def test_what_an_endpoint_had_done_when_it_was_replaced_is_not_asked_for_again(system, monkeypatch):
+    system.sagemaker.treat_notices("drop")
+    job_id = started(system)
+    system.settle()
+    replace_endpoint(system, monkeypatch)
+    run_out(system, job_id)
+    assert system.job(job_id)["status"] == "succeeded"
+    assert calls(system) == {7: 1}
 
 
 # What is no notice

@@ -13,7 +13,7 @@ from img2img.store import OBJECT_GUARD_TTL
 FUNCTIONS = ("ApiFunction", "WorkerFunction", "CollectFunction", "IngestFunction", "SweepFunction")
 FED = {
     "WorkerFunction": ("JobsQueue", {"Ref": "WorkerConcurrency"}),
-    "CollectFunction": ("ResultsQueue", 5),
+    "CollectFunction": ("ResultsQueue", 20),
     "IngestFunction": ("UploadsQueue", {"Ref": "IngestConcurrency"}),
 }
 PREFIXES = (

@@ -17,6 +17,8 @@ from img2img.params import Img2ImgParams
 
 NOW = 1_790_000_000.0
 UNTIL = NOW + 1800
+# What the second backend needs.
+RESERVE = 100
 PARAMS = Img2ImgParams(prompt="a castle", seed=7)
 UNABLE = [
     errors.BackendOutOfCredits,
@@ -54,7 +56,7 @@ class Pair:
         self.now = NOW
         self.first = Fake(GeneratedImage(b"first", 1.0, remaining_credits=5.0))
         self.second = Fake(GeneratedImage(b"second", 2.0, backend="sagemaker"))
-        self.backend = AutoBackend(self.first, self.second, clock=lambda: self.now)
+        self.backend = AutoBackend(self.first, self.second, reserve=RESERVE, clock=lambda: self.now)
 
     def ask(self, seed: int = 7, until: float = UNTIL) -> Any:
         return self.backend.generate(b"image", PARAMS, seed, name="team/job/1/0", until=until)
@@ -81,7 +83,7 @@ def test_the_second_serves_what_the_first_one_cannot_and_says_why(pair, error):
 
 def test_what_is_pending_at_the_second_says_why_as_well(pair):
     pair.first.gives = errors.BackendFailed("down")
-    pair.second.gives = Pending(inference_id="job-1-0", output="s3://a/b", failure="s3://a/c")
+    pair.second.gives = Pending(inference_id="job-1-0", endpoint="e", output="s3://a/b", failure="s3://a/c")
     found = pair.ask()
     assert (found.inference_id, found.output, found.failure) == ("job-1-0", "s3://a/b", "s3://a/c")
     assert (found.backend, found.reason) == ("sagemaker", "backend_failed")
@@ -108,8 +110,8 @@ def test_a_bug_of_the_first_is_not_hidden(pair):
     assert pair.second.calls == []
 
 
-@pytest.mark.parametrize("retry_after", [0.5, 10.0, 1799.0, None])
-def test_a_rate_limit_that_ends_before_the_deadline_is_waited_for(pair, retry_after):
+@pytest.mark.parametrize("retry_after", [0.5, 10.0, 1799.0 - RESERVE, None])
+def test_a_rate_limit_that_leaves_time_for_the_other_is_waited_for(pair, retry_after):
     pair.first.gives = BackendRateLimited("slow down", retry_after=retry_after)
     for _ in range(2):
         with pytest.raises(BackendRateLimited) as raised:
@@ -118,8 +120,8 @@ def test_a_rate_limit_that_ends_before_the_deadline_is_waited_for(pair, retry_af
     assert (len(pair.first.calls), pair.second.calls) == (2, [])
 
 
-@pytest.mark.parametrize("retry_after", [1800.0, 90_000.0])
-def test_a_rate_limit_that_lasts_beyond_the_deadline_is_not(pair, retry_after):
+@pytest.mark.parametrize("retry_after", [1800.0 - RESERVE, 1800.0, 90_000.0])
+def test_a_rate_limit_that_leaves_too_little_time_is_not(pair, retry_after):
     pair.first.gives = BackendRateLimited("slow down", retry_after=retry_after)
     found = pair.ask()
     assert (found.backend, found.reason) == ("sagemaker", "backend_rate_limited")

@@ -146,7 +146,7 @@ def get(key: str) -> Any:
 
 
 def pending(output: str = f"s3://{BUCKET}/answers/none", failed_at: str = f"s3://{BUCKET}/failures/none") -> Pending:
-    return Pending(inference_id=ID, output=output, failure=failed_at)
+    return Pending(inference_id=ID, endpoint=ENDPOINT, output=output, failure=failed_at)
 
 
 # What is asked for
@@ -283,9 +283,9 @@ def test_a_service_that_cannot_be_reached():
 
 
 AWS_ERRORS = [
-    (403, "AccessDeniedException", errors.BackendUnauthorized),
-    (403, "AccessDenied", errors.BackendUnauthorized),
-    (400, "UnrecognizedClientException", errors.BackendUnauthorized),
+    (403, "AccessDeniedException", errors.BackendUnreachable),
+    (403, "AccessDenied", errors.BackendUnreachable),
+    (400, "UnrecognizedClientException", errors.BackendRefused),
     (400, "ThrottlingException", errors.BackendRateLimited),
     (429, "ModelNotReadyException", errors.BackendRateLimited),
     (429, "TooManyRequests", errors.BackendRateLimited),
@@ -326,7 +326,7 @@ def test_what_aws_says_decides(front, realtime, operation, status, code, kind):
     with answered(client, operation, status, code, f"AWS quotes {PROMPT}") as made:
         error = failed(lambda: ask(backend))
     assert type(error) is kind
-    assert error.detail == f"SageMaker answered {code}"
+    assert error.detail == f"AWS answered {code}"
     assert made == [operation]
     assert (error.retry_after == 10) == (kind is errors.BackendRateLimited)
 
@@ -546,6 +546,19 @@ def test_a_failures_text_names_the_containers_status(status):
 def test_a_failure_without_a_status_may_be_asked_for_again(text):
     error = failure(text)
     assert (type(error), error.retryable) == (errors.BackendFailed, True)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("invalid_request", errors.BackendRefused),
+        ("too_large", errors.BackendRefused),
+        ("busy", errors.BackendRateLimited),
+        ("internal_error", errors.BackendFailed),
+    ],
+)
+def test_the_containers_own_words_count_by_their_code(code, kind):
+    assert type(failure(json.dumps({"code": code, "detail": "an error (404) and error (503)", "errors": []}))) is kind
 
 
 def test_a_failures_text_is_not_passed_on():

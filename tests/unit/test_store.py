@@ -439,6 +439,7 @@ def test_a_release_keeps_what_ended_and_counts_when_told(table, counts, attempts
 def call(index: int) -> Pending:
     return Pending(
         inference_id=f"x-1-{index}",
+        endpoint="an-endpoint",
         output=f"s3://uploads/answers/{index}.out",
         failure=f"s3://uploads/failures/{index}-error.out",
         reason="backend_failed",

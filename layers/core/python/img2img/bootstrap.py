@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 _CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
 # By default boto3 presigns with SigV2 for the global host in older regions, which new buckets refuse.
 _S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
+# SageMaker ends a call in real time after 60 s.
+_REALTIME_SECONDS = 65
+# What an endpoint that was scaled to zero needs for its first picture, at most as a rule.
+_COLD_START_SECONDS = 600
 
 
 class Services:
@@ -162,17 +166,23 @@ class Services:
             case _:
                 from img2img.backends.auto import AutoBackend
 
+                asynchronous = self.settings.sagemaker_invocation == "async"
+                # In real time both calls have to fit into the worker's 120 s.
+                longest = math.inf if asynchronous else 110 - _REALTIME_SECONDS
                 # Large pictures take long without anything being wrong, and what is given up may be billed.
-                patient = self._segmind(lambda params: self.settings.fallback_after * max(params.work, 1))
-                return AutoBackend(patient, self.sagemaker, clock=lambda: self.clock())
+                patient = self._segmind(lambda params: min(self.settings.fallback_after * max(params.work, 1), longest))
+                reserve = _COLD_START_SECONDS if asynchronous else _REALTIME_SECONDS
+                return AutoBackend(patient, self.sagemaker, reserve=reserve, clock=lambda: self.clock())
 
     @cached_property
     def sagemaker(self) -> SageMakerBackend:
         """The SageMaker endpoint."""
         from img2img.backends.sagemaker import SageMakerBackend
 
-        # A call of an endpoint in real time may take 60 s, and is repeated by the job's own rules only.
-        patient = Config(connect_timeout=2, read_timeout=65, retries={"mode": "standard", "total_max_attempts": 1})
+        # A call is repeated by the job's own rules only.
+        patient = Config(
+            connect_timeout=2, read_timeout=_REALTIME_SECONDS, retries={"mode": "standard", "total_max_attempts": 1}
+        )
         return SageMakerBackend(
             runtime=boto3.client("sagemaker-runtime", config=patient),
             control=boto3.client("sagemaker", config=_CONFIG),

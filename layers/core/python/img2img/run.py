@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -93,13 +93,24 @@ def run_job(services: Services, team: str, job_id: str, notice: Notice | None = 
     if job is None or not claimed:
         _tidy(services, team, job_id, job)
         return Run(held=job is not None and not job.status.is_terminal)
+    if services.settings.backend == "segmind":
+        # The endpoint was taken out of service, and its answers with it.
+        job = replace(job, pending={})
+    with _released_on_trouble(services, job, counts=False):
+        answers = take_answers(services, job, notice)
+    with _released_on_trouble(services, job, counts=True):
+        return _run_claimed(services, job, answers, notice)
+
+
+@contextmanager
+def _released_on_trouble(services: Services, job: Job, *, counts: bool) -> Iterator[None]:
     try:
-        return _run_claimed(services, job, notice)
+        yield
     except (BotoCoreError, ClientError):
         # Otherwise the next delivery would wait for the lease to run out.
         due_at = min(int(services.clock()) + RESEND_AFTER, job.deadline_at)
         with suppress(BotoCoreError, ClientError):
-            services.jobs.release(job, due_at=due_at, counts=True)
+            services.jobs.release(job, due_at=due_at, counts=counts)
         raise
 
 
@@ -113,13 +124,12 @@ def collect(services: Services, notice: Notice) -> Run:
     return run_job(services, team, job_id, notice)
 
 
-def _run_claimed(services: Services, job: Job, notice: Notice | None) -> Run:
-    if services.settings.backend == "segmind":
-        # The endpoint was taken out of service, and its answers with it.
-        job = replace(job, pending={})
-    samples = take_answers(services, job, notice)
+def _run_claimed(services: Services, job: Job, samples: list[Sample], notice: Notice | None) -> Run:
     over = {sample.index for sample in samples if sample.is_over}
     absent = [index for index in missing(job) if index not in over and index not in job.pending]
+    if notice:
+        # The others have messages of their own, which come when they may be asked for again.
+        absent = [index for index in absent if index == notice.index]
     if absent and job.attempts > 1:
         # An earlier attempt may have crashed with pictures already paid for and stored.
         job = with_outputs(job, services.storage.stored_outputs(job))

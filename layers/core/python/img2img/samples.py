@@ -109,7 +109,9 @@ def take_answers(services: Services, job: Job, notice: Notice | None) -> list[Sa
     """
     waiting, failed = dict(job.pending), []
     if notice and notice.output and notice.index in missing(job):
-        call = waiting.get(notice.index) or Pending(inference_id=notice.inference_id, output="", failure="")
+        call = waiting.get(notice.index) or Pending(
+            inference_id=notice.inference_id, endpoint="", output="", failure=""
+        )
         waiting[notice.index] = replace(call, output=notice.output)
     elif notice and not notice.output and _is_of(notice, waiting.get(notice.index)):
         del waiting[notice.index]

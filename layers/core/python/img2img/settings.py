@@ -41,7 +41,7 @@ class Settings:
         "SAGEMAKER_INVOCATION", "how the endpoint is called: async or realtime", "async", ("async", "realtime")
     )
     sagemaker_timeout: int = _setting(
-        "SAGEMAKER_TIMEOUT_SECONDS", "longest that the endpoint may work on one sample, once it has begun", 600
+        "SAGEMAKER_TIMEOUT_SECONDS", "async: longest that the endpoint may work on one sample, once it has begun", 600
     )
     results_queue_url: str = _setting("RESULTS_QUEUE_URL", "SQS queue of SageMaker's notices of what it has done", "")
     price_base: str = _setting(

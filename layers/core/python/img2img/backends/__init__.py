@@ -30,10 +30,11 @@ class GeneratedImage:
 class Pending:
     """One sample that a backend works on by itself.
 
-    `output` or `failure` will be there when it is done, as S3 URIs. `reason` as in `GeneratedImage`.
+    `output` or `failure` will be there when `endpoint` is done, as S3 URIs. `reason` as in `GeneratedImage`.
     """
 
     inference_id: str
+    endpoint: str
     output: str
     failure: str
     backend: str = "sagemaker"

@@ -40,12 +40,14 @@ class _Outage:
 class AutoBackend:
     """Asks `first`, and `second` when the first is out of credits, unauthorised, down, or rate limited for too long.
 
-    What it gives back carries the code of the first one's error as `reason`. `clock` tells epoch seconds.
+    Too long is when fewer than `reserve` seconds would be left for the second. What it gives back carries the code of
+    the first one's error as `reason`. `clock` tells epoch seconds.
     """
 
-    def __init__(self, first: Backend, second: Backend, *, clock: Callable[[], float]) -> None:
+    def __init__(self, first: Backend, second: Backend, *, reserve: float, clock: Callable[[], float]) -> None:
         self._first = first
         self._second = second
+        self._reserve = reserve
         self._clock = clock
         self._outage: _Outage | None = None
 
@@ -60,9 +62,9 @@ class AutoBackend:
             except _UNABLE as error:
                 outage = self._outage = self._pause(error)
             except BackendRateLimited as error:
-                now = self._clock()
-                if now + (error.retry_after or 0) < until:
+                if self._clock() + (error.retry_after or 0) < until - self._reserve:
                     raise
+                # Of this job alone: another may have the time to wait.
                 outage = self._pause(error)
         return replace(self._second.generate(image, params, seed, name=name, until=until), reason=outage.reason)
 

@@ -27,7 +27,6 @@ from img2img.errors import (
     BackendGatewayTimeout,
     BackendRateLimited,
     BackendRefused,
-    BackendUnauthorized,
     BackendUnreachable,
     JobError,
 )
@@ -124,7 +123,7 @@ class SageMakerBackend:
     ) -> GeneratedImage | Pending:
         """Return the picture or, of an asynchronous endpoint, where it will be.
 
-        Raises `BackendUnauthorized`, `BackendRefused`, `BackendBroken`, and what may be asked for again:
+        Raises `BackendRefused`, `BackendBroken`, and what may be asked for again:
         `BackendRateLimited` (with `retry_after`), `BackendFailed`, `BackendUnreachable`, `BackendGatewayTimeout`.
         """
         body = json.dumps(request_body(image, params, seed, as_json=True)).encode()
@@ -163,7 +162,10 @@ class SageMakerBackend:
             InvocationTimeoutSeconds=self._timeout,
         )
         return Pending(
-            inference_id=inference_id, output=answer["OutputLocation"], failure=answer.get("FailureLocation", "")
+            inference_id=inference_id,
+            endpoint=self._endpoint,
+            output=answer["OutputLocation"],
+            failure=answer.get("FailureLocation", ""),
         )
 
     def answer(self, pending: Pending) -> GeneratedImage | None:
@@ -176,6 +178,9 @@ class SageMakerBackend:
             return _picture(data, 0.0)
         if pending.failure and (reason := self._read(pending.failure)) is not None:
             raise failure(reason.decode("utf-8", "replace"))
+        if pending.endpoint != self._endpoint:
+            # With another instance type or kind of invocation it is another one, and takes over no requests.
+            raise BackendUnreachable("The SageMaker endpoint that had the request was replaced")
         return None
 
     def _read(self, location: str) -> bytes | None:
@@ -208,11 +213,11 @@ def failure(reason: str) -> JobError:
 
     The text itself is not passed on: the model's own error may quote the request.
     """
-    if found := re.search(r"\((\d{3})\)", reason):
-        return _of_status(int(found[1]))
     # The object in S3 holds what the container said, without its status.
-    found = re.match(r'\s*\{"code":\s*"(\w+)"', reason)
-    return _of_status(_STATUSES.get(found[1], 500) if found else 500)
+    if found := re.match(r'\s*\{"code":\s*"(\w+)"', reason):
+        return _of_status(_STATUSES.get(found[1], 500))
+    found = re.search(r"error \((\d{3})\)", reason)
+    return _of_status(int(found[1]) if found else 500)
 
 
 def _of_status(status: int) -> JobError:
@@ -237,11 +242,12 @@ def _trouble(error: BotoCoreError | ClientError) -> JobError:
     code = str(error.response["Error"].get("Code"))
     if code == "ModelError":
         return _of_status(int(str(error.response.get("OriginalStatusCode", 500))))
-    detail = f"SageMaker answered {code}"
+    # S3 where it is the request that could not be left there.
+    detail = f"AWS answered {code}"
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-    if code in ("AccessDenied", "AccessDeniedException", "UnrecognizedClientException"):
-        return BackendUnauthorized(detail)
-    # While a stack is updated its endpoint may not be there.
+    # While a stack is updated its endpoint may not be there, or the right to call it not have spread yet.
+    if code in ("AccessDenied", "AccessDeniedException"):
+        return BackendUnreachable(detail)
     if code == "ValidationError" and "not found" in error.response["Error"].get("Message", ""):
         return BackendUnreachable("There is no such SageMaker endpoint")
     if status == 429 or "Throttl" in code or code in ("ModelNotReadyException", "SlowDown"):
