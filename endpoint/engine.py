@@ -16,6 +16,7 @@ import math
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ class Engine:
     """Runs requests on one model.
 
     `max_batch` is how many requests of one size run, and share a UNet call; `max_running` how many run in all;
-    `max_queue` how many may wait.
+    `max_queue` how many may wait. A model that compiles does so for the sizes that are warmed up, or for all.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Engine:
         max_queue: int = 256,
         observer: Observer | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         # A guided sample has two rows, and past the largest batch there is no compiled one.
         self._max_batch = min(max_batch, max(model.unet_rows) // 2) if model.unet_rows else max_batch
         self._max_running = max_running
@@ -88,6 +89,8 @@ class Engine:
         self._lane = lane_for(model.device)
         self._texts = Texts(model, self._lane)
         self._groups: dict[Size, _Group] = {}  # the next one to have a turn comes first
+        self._warm: set[Size] = set()
+        self._limits: dict[Size, int] = {}  # how many share a call, where memory is too small for all
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -137,15 +140,19 @@ class Engine:
     def warm_up(self, sizes: Sequence[Size] | None = None) -> None:
         """Load and compile all that requests will need, and return when that is done.
 
-        Without sizes: all of `SIZES` where the model compiles, else one. Raises what goes wrong, and `Stopped`.
+        Without sizes: all of `SIZES` where the model compiles, else one. From then on other sizes run uncompiled: a
+        compiler would hold all requests up for minutes. Raises what goes wrong, and `Stopped`.
         """
+        sizes = sizes or (SIZES if self.model.unet_rows else SIZES[:1])
         wanted: list[Future[None]] = []
         with self._changed:
             if self._stopping:
                 raise Stopped("the engine takes no more requests")
-            for size in sizes or (SIZES if self._model.unet_rows else SIZES[:1]):
+            self._warm |= set(sizes)
+            for size in sizes:
                 wanted.append(Future())
-                self._errands.append((partial(rehearse, self._model, self._lane, self._texts, size), wanted[-1]))
+                work = partial(rehearse, self.model, self._lane, self._texts, size, self._max_batch)
+                self._errands.append((work, wanted[-1]))
             self._changed.notify()
         for future in wanted:
             future.result()
@@ -156,9 +163,13 @@ class Engine:
             self._stopping = True
             self._giving_up |= now
             self._changed.notify()
+        self.wait()
+        self._preparing.shutdown(cancel_futures=True)
+
+    def wait(self) -> None:
+        """Return when it has ended: because it was stopped, or by a fault."""
         self._thread.join()
         self._out.join()
-        self._preparing.shutdown(cancel_futures=True)
 
     # The engine's own thread.
 
@@ -167,8 +178,8 @@ class Engine:
             with torch.inference_mode():
                 while self._turn():
                     pass
-        except BaseException as error:  # noqa: BLE001 (all who wait are told)
-            logger.error("the engine stopped by a fault: %s", type(error).__name__)
+        except BaseException as error:
+            logger.error("the engine stopped by a fault: %s", type(error).__name__, exc_info=error)
         with self._changed:
             self._stopping = True
             left = [sample for group in self._groups.values() for sample in group.all]
@@ -197,7 +208,7 @@ class Engine:
             turn = next(((size, group) for size, group in self._groups.items() if group.taken), None)
         if turn:
             size, group = turn
-            self._step(group)
+            self._step(size, group)
             self._finish(group)
             with self._changed:
                 # No size waits for another to be done.
@@ -239,25 +250,28 @@ class Engine:
     def _begin(self, group: _Group, samples: list[Sample]) -> None:
         now = time.monotonic()
         if group.pool is None:
-            group.pool = Pool(self._model, self._lane, self._texts, samples[0].size, self._max_batch)
+            size = samples[0].size
+            group.pool = Pool(self._model_for(size), self._lane, self._texts, size, self._max_batch)
         group.pool.start(samples)
         for sample in samples:
             del sample.pixels
             sample.started_at = now
             self._observer.started(now - sample.queued_at)
 
-    def _step(self, group: _Group) -> None:
+    def _step(self, size: Size, group: _Group) -> None:
         if group.pool is None:
             return
         began = time.monotonic()
         group.pool.leave([sample for sample in group.running if sample.ended])
         samples = [sample for sample in group.running if not sample.ended]
-        batch = _batch(samples, self._model.unet_rows)
+        batch = _batch(samples[: self._limits.get(size)], self._model_for(size).unet_rows)
         if batch:
-            self._together(group.pool.step, batch)
+            if self._together(group.pool.step, batch):
+                self._limits[size] = len(batch) // 2
+                logger.warning("memory is too small for %d requests in one call", len(batch))
             self._lane.pace()
             seconds = time.monotonic() - began
-            share = seconds / len(batch) / math.prod(batch[0].size)
+            share = seconds / len(batch) / math.prod(size)
             self._pace = 0.9 * self._pace + 0.1 * share if self._pace else share
             self._observer.stepped(len(batch), seconds)
         if done := [sample for sample in batch if sample.done]:
@@ -277,15 +291,22 @@ class Engine:
     def _decode(self, samples: list[Sample]) -> None:
         latents = torch.stack([sample.latents for sample in samples])
         with self._lane.aside(latents):
-            pictures = self._lane.fetch(self._model.decode(latents))
+            pictures = self._lane.fetch(self._model_for(samples[0].size).decode(latents))
         self._leaving.put((samples, pictures))
 
     def _run_errand(self, errand: Callable[[], None], future: Future[None]) -> None:
         try:
             errand()
-            future.set_result(None)
-        except Exception as error:  # noqa: BLE001 (whoever asked for it is told)
+        except BaseException as error:
+            logger.error("warming up failed: %s", type(error).__name__, exc_info=error)
             future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            future.set_result(None)
+
+    def _model_for(self, size: Size) -> Model:
+        return self.model if not self._warm or size in self._warm else self.model.uncompiled
 
     # The thread that hands out.
 
@@ -299,8 +320,8 @@ class Engine:
                         # Copies: each would keep all of them, and on a GPU pinned memory.
                         sample.picture = pixels.copy()
                     self._together(self._tell, samples)
-        except BaseException as error:  # noqa: BLE001 (all who wait are told)
-            logger.error("the engine stopped by a fault: %s", type(error).__name__)
+        except BaseException as error:
+            logger.error("the engine stopped by a fault: %s", type(error).__name__, exc_info=error)
             with self._changed:
                 self._stopping = self._giving_up = True
                 self._changed.notify()
@@ -310,7 +331,7 @@ class Engine:
                 leaving = self._leaving.get()
 
     def _tell(self, samples: list[Sample]) -> None:
-        flags = self._model.flagged([sample.picture for sample in samples])
+        flags = self.model.flagged([sample.picture for sample in samples])
         for sample, flagged in zip(samples, flags, strict=True):
             seconds = time.monotonic() - sample.started_at
             if self._claim(sample):
@@ -323,7 +344,7 @@ class Engine:
     def _make_ready(self, sample: Sample) -> None:
         try:
             if not sample.ended:
-                sample.make_ready(self._model)
+                sample.make_ready(self.model)
         except Exception as error:  # noqa: BLE001 (whoever waits for the sample is told)
             self._withdraw(sample)
             self._fail(sample, error)
@@ -344,17 +365,23 @@ class Engine:
                 group.waiting.remove(sample)
                 self._changed.notify()
 
-    def _together(self, work: Callable[[list[Sample]], None], samples: list[Sample]) -> None:
-        """Work on samples; if that fails, on each by itself, so that only what fails alone is lost."""
-        try:
-            work(samples)
-        except Exception as error:  # noqa: BLE001 (whoever waits for the sample is told)
-            self._lane.check()
-            if len(samples) > 1:
-                for sample in samples:
-                    self._together(work, [sample])
-            else:
-                self._fail(samples[0], error)
+    def _together(self, work: Callable[[list[Sample]], None], samples: list[Sample]) -> bool:
+        """Work on samples; if that fails, on each by itself, so that only what fails alone is lost.
+
+        Return whether they were too many for the memory.
+        """
+        error = _failure(work, samples)
+        if error is None:
+            return False
+        # What they hold would be in the way of the next try.
+        _clear_frames(error)
+        self._lane.check()
+        if len(samples) == 1:
+            self._fail(samples[0], error)
+            return False
+        for sample in samples:
+            self._together(work, [sample])
+        return isinstance(error, torch.OutOfMemoryError)
 
     def _fail(self, sample: Sample, error: Exception) -> None:
         if self._claim(sample):
@@ -377,6 +404,22 @@ class Engine:
         waiting = [sample for group in self._groups.values() for sample in group.waiting if sample.ready]
         calls = sum(len(sample.plan.steps) * math.prod(sample.size) for sample in waiting)
         return min(max(math.ceil(calls * self._pace), 1), LONGEST_RETRY)
+
+
+def _failure(work: Callable[[list[Sample]], None], samples: list[Sample]) -> Exception | None:
+    try:
+        work(samples)
+    except Exception as error:  # noqa: BLE001 (whoever waits for the sample is told)
+        return error
+    return None
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of the variables that the tracebacks of an error and its causes keep; the places stay."""
+    chain = [error]
+    for one in chain:
+        traceback.clear_frames(one.__traceback__)
+        chain += [other for other in (one.__cause__, one.__context__) if other and other not in chain]
 
 
 def _batch(samples: Sequence[Sample], sizes: Sequence[int]) -> list[Sample]:

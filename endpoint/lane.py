@@ -36,7 +36,7 @@ class Lane:
         return nullcontext()
 
     def check(self) -> None:
-        """Raise what the device has against any further work."""
+        """After an error: raise what the device has against any further work, and give back memory."""
 
 
 class CudaLane(Lane):
@@ -81,6 +81,7 @@ class CudaLane(Lane):
 
     def check(self) -> None:
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
 
 
 def lane_for(device: torch.device) -> Lane:

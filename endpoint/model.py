@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionImg2ImgPipeli
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from endpoint.plan import SCHEDULERS, Plan, Planner, scheduler_for
+from endpoint.plan import SCHEDULERS, Plan, Planner
 
 __all__ = ["SCHEDULERS", "Compile", "Model", "save_tiny"]
 
@@ -23,17 +24,18 @@ Compile = Literal["off", "default", "max-autotune"]
 # A compiled model knows these batches, in rows: a guided sample has two. Others are filled up.
 UNET_ROWS = (1, 2, 4, 8, 16, 32)
 DECODE_ROWS = (1, 2, 4)
+# Each size and batch is a program of its own: the UNet has 24 in four sizes.
+PROGRAMS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The parts of the pipeline, on one device and in one number format.
 
-    One thread may call what works on the device; `plan` and `flagged` are for any.
+    One thread may call what works on the device; `plan`, `tokens` and `flagged` are for any.
     """
 
     pipeline: Any
-    scheduler_config: Mapping[str, Any]
     planner: Planner
     device: torch.device
     dtype: torch.dtype
@@ -42,6 +44,8 @@ class Model:
     unet_rows: tuple[int, ...] = ()
     decode_rows: tuple[int, ...] = ()
     compiled: Compile = "off"
+    # A tokenizer is for one thread at a time.
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def load(
@@ -64,10 +68,18 @@ class Model:
         return cls.of(pipeline, device=device, compile=compile)
 
     @classmethod
-    def of(cls, pipeline: Any, *, device: str = "cpu", compile: Compile = "off") -> Self:  # noqa: A002
+    def of(
+        cls,
+        pipeline: Any,
+        *,
+        device: str = "cpu",
+        compile: Compile = "off",  # noqa: A002
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> Self:
         """Make a model of a pipeline; its number format stays. `compile` works at the first call of each size.
 
         Compiling takes minutes for each size and batch; TORCHINDUCTOR_CACHE_DIR names a folder that keeps what it made.
+        `backend` is what compiles, as torch calls it: tests have cheaper ones.
         """
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
@@ -75,23 +87,27 @@ class Model:
         if torch.device(device).type == "cuda":
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
-        config = _scheduler_config(pipeline.scheduler.config)
         parts: dict[str, Any] = {"unet": unet, "decoder": vae.decode}
         if compile != "off":
-            parts = _compiled(unet, vae, compile)
+            parts = _compiled(unet, vae, compile, backend)
         return cls(
             pipeline=pipeline,
-            scheduler_config=config,
-            planner=Planner(config),
+            planner=Planner(_scheduler_config(pipeline.scheduler.config)),
             device=torch.device(device),
             dtype=unet.dtype,
             compiled=compile,
             **parts,
         )
 
-    def scheduler(self, name: str) -> Any:
-        """Return a new scheduler of Segmind's name, as this model's configuration has it. Raises `ValueError`."""
-        return scheduler_for(name, self.scheduler_config)
+    @property
+    def uncompiled(self) -> Self:
+        """The same model for sizes that are not worth compiling."""
+        if self.compiled == "off":
+            return self
+        pipeline = self.pipeline
+        return replace(
+            self, unet=pipeline.unet, decoder=pipeline.vae.decode, unet_rows=(), decode_rows=(), compiled="off"
+        )
 
     def plan(self, name: str, num_inference_steps: int, strength: float) -> Plan:
         """Return the steps of a sample. Raises `ValueError`."""
@@ -101,9 +117,10 @@ class Model:
         """Cut texts into tokens; what does not fit is left out, as the pipeline does."""
         tokenizer = self.pipeline.tokenizer
         length = tokenizer.model_max_length
-        tokens: torch.Tensor = tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
+        with self._tokenizing:
+            tokens: torch.Tensor = tokenizer(
+                list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
         return tokens
 
     def embeds(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -178,24 +195,30 @@ def _scheduler_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return given
 
 
-def _compiled(unet: Any, vae: Any, mode: Compile) -> dict[str, Any]:
-    # Each size and batch is a program of its own; past the limit they would run uncompiled.
-    torch._dynamo.config.recompile_limit = 64  # noqa: SLF001
-    decoder_mode: str = mode
+def _compiled(unet: Any, vae: Any, mode: Compile, backend: str | Callable[..., Any]) -> dict[str, Any]:
+    def compiled(work: Any, mode: str, **options: bool) -> Any:
+        # All of it here: torch's own settings are those of one thread, and the engine compiles in another.
+        return torch.compile(
+            work,
+            backend=backend,
+            options={**torch._inductor.list_mode_options(mode), **options},  # noqa: SLF001
+            fullgraph=True,
+            dynamic=False,
+            recompile_limit=PROGRAMS,
+        )
+
     if mode == "max-autotune":
-        inductor = torch._inductor.config  # noqa: SLF001
-        inductor.conv_1x1_as_mm = True
-        inductor.coordinate_descent_tuning = True
-        inductor.coordinate_descent_check_all_directions = True
-        inductor.epilogue_fusion = False
+        options = {
+            "conv_1x1_as_mm": True,
+            "coordinate_descent_tuning": True,
+            "coordinate_descent_check_all_directions": True,
+            "epilogue_fusion": False,
+        }
         # All CUDA graphs share their memory, and the decoder runs beside the UNet.
-        decoder_mode = "max-autotune-no-cudagraphs"
-    return {
-        "unet": torch.compile(unet, mode=mode, fullgraph=True, dynamic=False),
-        "decoder": torch.compile(vae.decode, mode=decoder_mode, fullgraph=True, dynamic=False),
-        "unet_rows": UNET_ROWS,
-        "decode_rows": DECODE_ROWS,
-    }
+        parts = compiled(unet, mode, **options), compiled(vae.decode, "max-autotune-no-cudagraphs", **options)
+    else:
+        parts = compiled(unet, mode), compiled(vae.decode, mode)
+    return {"unet": parts[0], "decoder": parts[1], "unet_rows": UNET_ROWS, "decode_rows": DECODE_ROWS}
 
 
 def save_tiny(folder: Path, *, seed: int = 0) -> None:

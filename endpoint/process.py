@@ -22,7 +22,7 @@ from endpoint.engine import Engine
 from endpoint.metrics import Metrics
 from endpoint.model import Compile, Model
 from endpoint.server import Service
-from endpoint.settings import Settings
+from endpoint.settings import CACHE_NAME, Settings
 
 # SageMaker kills 30 s after SIGTERM; the rest is for the last answers on their way and for the engine's end.
 DRAIN_SECONDS = 25
@@ -58,11 +58,13 @@ def leave(status: int) -> None:
 
 
 def load(settings: Settings, metrics: Metrics) -> Engine:
-    """Load the model and start its engine. Raises whatever keeps it from that."""
+    """Load the model, start its engine and warm it up. Raises whatever keeps it from that."""
     # A path that is none would be taken for a hub name, with an error that speaks of hub names.
     if Path(settings.model).is_absolute() and not Path(settings.model).is_dir():
         raise FileNotFoundError("there is no such folder")
-    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU that torch can use, and DEVICE is cuda")
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
     dtype = ("float16" if cuda else "float32") if settings.dtype == "auto" else settings.dtype
     compiled = ("max-autotune" if cuda else "off") if settings.compile == "auto" else settings.compile
     model = Model.load(
@@ -72,13 +74,46 @@ def load(settings: Settings, metrics: Metrics) -> Engine:
         compile=cast("Compile", compiled),
         safety_checker=settings.safety_checker == "on",
     )
-    return Engine(
+    engine = Engine(
         model,
         max_batch=settings.max_batch,
         max_running=settings.max_running,
         max_queue=settings.max_queue,
         observer=metrics,
     )
+    sizes = [(int(width), int(height)) for width, _, height in (size.partition("x") for size in settings.warm_sizes)]
+    if compiled == "off":
+        engine.warm_up(sizes[:1])
+    else:
+        own = Path(settings.compile_cache) if settings.compile_cache else None
+        read_cache(own if own and own.exists() else Path(settings.model, CACHE_NAME))
+        engine.warm_up(sizes)
+        if own:
+            write_cache(own)
+    return engine
+
+
+def read_cache(file: Path) -> None:
+    """Take what compiling made before, if the file is there. It holds code, as trusted as our own."""
+    if file.is_file():
+        # None: of other versions, or broken. Torch has said so, and compiles again.
+        found = torch.compiler.load_cache_artifacts(file.read_bytes())
+        _tell("compile cache read", usable=found is not None)
+
+
+def write_cache(file: Path) -> None:
+    """Keep what compiling made. Only a warning where that fails: the model serves without it."""
+    made = torch.compiler.save_cache_artifacts()
+    if made is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Never half a file under that name.
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_bytes(made[0])
+        part.replace(file)
+    except OSError as error:
+        log.warning("the compile cache could not be written", exc_info=error)
 
 
 async def _run(listener: socket.socket, load: Callable[[Metrics], Engine]) -> None:
@@ -107,16 +142,15 @@ async def _run(listener: socket.socket, load: Callable[[Metrics], Engine]) -> No
     loop = asyncio.get_running_loop()
     # Its own would close the door at once, while SageMaker is to read a 503 from `/ping` as long as requests end.
     server.handle_exit = lambda *_: loop.call_soon_threadsafe(end)
-    tasks = [asyncio.create_task(job) for job in (told.wait(), _load(service, lambda: load(metrics)))]
+    tasks = [asyncio.create_task(job) for job in (told.wait(), _work(service, lambda: load(metrics)))]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     _tell("listening", host=listener.getsockname()[0], port=listener.getsockname()[1])
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-        await told.wait()
         _tell("draining")
         await service.drain(DRAIN_SECONDS)
+        for task in done:
+            task.result()
     finally:
         for task in tasks:
             task.cancel()
@@ -128,14 +162,15 @@ async def _run(listener: socket.socket, load: Callable[[Metrics], Engine]) -> No
     _tell("stopped")
 
 
-async def _load(service: Service, load: Callable[[], Engine]) -> None:
-    def warmed_up() -> Engine:
-        engine = load()
-        engine.warm_up()
-        return engine
-
-    service.use(await asyncio.wrap_future(_in_thread(warmed_up)))
-    _tell("ready")
+async def _work(service: Service, load: Callable[[], Engine]) -> None:
+    """Load the model and serve it. Raises whatever keeps it from that, also later."""
+    engine = await asyncio.wrap_future(_in_thread(load))
+    service.use(engine)
+    model = engine.model
+    _tell("ready", device=str(model.device), dtype=str(model.dtype).removeprefix("torch."), compile=model.compiled)
+    await asyncio.wrap_future(_in_thread(engine.wait))
+    # SageMaker starts a new process for one that ended.
+    raise RuntimeError("the engine stopped by a fault")
 
 
 def _in_thread(work: Callable[[], Any]) -> Future[Any]:

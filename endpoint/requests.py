@@ -25,6 +25,8 @@ from endpoint.model import SCHEDULERS
 SIZES = (512, 768)
 MAX_SEED = 999_999_999_999_999
 MAX_PROMPT = 10_000
+# An answer names so many wrong fields: a body may have millions.
+MAX_ERRORS = 20
 
 # The size is compared with the one asked for before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -181,21 +183,9 @@ def parse_field(name: str, value: Any) -> Any:
 
 
 def parse(body: bytes) -> Asked:
-    """Check a body and decode its image. Raises `InvalidRequest` naming every wrong, missing and unknown field."""
+    """Check a body and decode its image. Raises `InvalidRequest` naming wrong, missing and unknown fields."""
     given = _decoded(body)
-    values: dict[str, Any] = {}
-    errors: list[FieldError] = []
-    for name, value in given.items():
-        if name not in _PARSERS:
-            # The start of a name only: it may be of any length, and no text.
-            shown = name[:100].encode(errors="replace").decode()
-            errors.append(FieldError(shown, f"is not known; known are {', '.join(FIELDS)}"))
-        # Segmind's clients send null for "not set".
-        elif value is not None:
-            try:
-                values[name] = parse_field(name, value)
-            except _WrongValue as wrong:
-                errors.append(FieldError(name, str(wrong)))
+    values, errors = _values(given)
     errors += [FieldError(name, "is required") for name in ("image", "prompt") if given.get(name) is None]
     wrong_fields = {error.field for error in errors}
     values = {**DEFAULTS, **values}
@@ -219,6 +209,28 @@ def parse(body: bytes) -> Asked:
         ),
         base64=values["base64"],
     )
+
+
+def _values(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
+    """Parse the fields. Raises `InvalidRequest` where too many are wrong."""
+    values: dict[str, Any] = {}
+    errors: list[FieldError] = []
+    known = f"; known are {', '.join(FIELDS)}"
+    for name, value in given.items():
+        if len(errors) == MAX_ERRORS:
+            raise InvalidRequest.of_fields(errors)
+        if name not in _PARSERS:
+            # The start of a name only: it may be of any length, and no text.
+            shown = name[:100].encode(errors="replace").decode()
+            errors.append(FieldError(shown, f"is not known{known}"))
+            known = ""
+        # Segmind's clients send null for "not set".
+        elif value is not None:
+            try:
+                values[name] = parse_field(name, value)
+            except _WrongValue as wrong:
+                errors.append(FieldError(name, str(wrong)))
+    return values, errors
 
 
 def _decoded(body: bytes) -> dict[str, Any]:

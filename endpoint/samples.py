@@ -13,8 +13,10 @@ import torch
 
 from endpoint.contract import Request, Result, Size
 from endpoint.lane import Lane
-from endpoint.model import Model
+from endpoint.model import Model, bucket
 from endpoint.plan import RESULTS, SLOTS, Plan, Step
+
+Tokens = tuple[int, ...]  # of one text
 
 
 @dataclass(eq=False)
@@ -29,6 +31,7 @@ class Sample:
     ready: bool = False
     # Set when it is ready.
     plan: Plan = field(init=False)
+    tokens: list[Tokens] = field(init=False, repr=False)
     pixels: torch.Tensor = field(init=False)
     # Set when it starts.
     generator: torch.Generator = field(init=False)
@@ -82,31 +85,37 @@ class Sample:
         if any(side % model.pipeline.vae_scale_factor for side in self.size):
             raise ValueError(f"image: each side must be a multiple of {model.pipeline.vae_scale_factor}")
         self.plan = model.plan(request.scheduler, request.num_inference_steps, request.strength)
+        self.tokens = tokens_of(model, self.texts)
         self.pixels = torch.from_numpy(np.array(request.image.convert("RGB")))
 
 
+def tokens_of(model: Model, texts: Sequence[str]) -> list[Tokens]:
+    """Cut texts into tokens, in any thread."""
+    return [tuple(tokens) for tokens in model.tokens(texts).tolist()]
+
+
 class Texts:
-    """Encoded texts; those used last are kept on the device."""
+    """Encoded texts, by their tokens; those used last are kept on the device."""
 
     def __init__(self, model: Model, lane: Lane, *, kept: int = 256) -> None:
         self._model = model
         self._lane = lane
         self._limit = kept
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[Tokens, torch.Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def encode(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def encode(self, texts: Sequence[Tokens]) -> dict[Tokens, torch.Tensor]:
         """Return what the model sees of each text."""
-        found = {text: self._kept[text] for text in texts if text in self._kept}
+        found = {tokens: self._kept[tokens] for tokens in texts if tokens in self._kept}
         if missing := sorted(set(texts) - set(found)):
-            embeds = self._model.embeds(self._lane.send(self._model.tokens(missing)))
+            embeds = self._model.embeds(self._lane.send(torch.tensor(missing)))
             # Copies: a part would keep all of them in memory.
-            found |= {text: embeds[index].clone() for index, text in enumerate(missing)}
+            found |= {tokens: embeds[index].clone() for index, tokens in enumerate(missing)}
         self._kept |= found
-        for text in found:
-            self._kept.move_to_end(text)
+        for tokens in found:
+            self._kept.move_to_end(tokens)
         while len(self._kept) > self._limit:
             self._kept.popitem(last=False)
         return found
@@ -129,9 +138,9 @@ class Pool:
     def start(self, samples: Sequence[Sample]) -> None:
         """Give each sample a row and put its first latents there."""
         lane = self._lane
-        embeds = self._texts.encode([text for sample in samples for text in sample.texts])
+        embeds = self._texts.encode([tokens for sample in samples for tokens in sample.tokens])
         for sample in samples:
-            sample.embeds = torch.stack([embeds[text] for text in sample.texts])
+            sample.embeds = torch.stack([embeds[tokens] for tokens in sample.tokens])
             sample.generator = torch.Generator().manual_seed(sample.request.seed)
         mean, deviation = self._model.encode(lane.send(torch.stack([sample.pixels for sample in samples])))
         # In the pipeline's order: first what is drawn of the image, then what is laid over it.
@@ -228,17 +237,22 @@ class Pool:
         return together.split([len(part) for part in parts])
 
 
-def rehearse(model: Model, lane: Lane, texts: Texts, size: Size) -> None:
-    """Make every call of the model that requests of a size can cause."""
+def rehearse(model: Model, lane: Lane, texts: Texts, size: Size, max_batch: int) -> None:
+    """Make every call of the model that requests of a size can cause, with so many in a batch."""
     width, height = size
     shape = Pool(model, lane, texts, size, 1).shape
     model.encode(lane.send(torch.zeros(1, height, width, 3, dtype=torch.uint8)))
-    embeds = texts.encode([""])[""]
+    [tokens] = tokens_of(model, [""])
+    embeds = texts.encode([tokens])[tokens]
     # A CUDA graph is made at the second call and used from the third.
-    for rows in model.unet_rows * 3 or (2,):
+    for rows in _up_to(2 * max_batch, model.unet_rows) * 3 or (2,):
         steps = lane.send(torch.zeros(rows))
         model.noise(lane.send(torch.zeros(rows, *shape)), steps, embeds.expand(rows, -1, -1).contiguous())
-    for rows in model.decode_rows or (1,):
+    for rows in _up_to(max_batch, model.decode_rows) or (1,):
         latents = lane.send(torch.zeros(rows, *shape))
         with lane.aside(latents):
             lane.fetch(model.decode(latents))()
+
+
+def _up_to(rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in sizes if size <= bucket(rows, sizes))

@@ -24,7 +24,7 @@ from endpoint.engine import Busy, Engine, Result, Stopped, to_image
 from endpoint.errors import InternalError, Refused, TooLarge, Unavailable, UnsupportedMediaType
 from endpoint.logs import describe
 from endpoint.metrics import CONTENT_TYPE, Metrics
-from endpoint.requests import Asked, parse
+from endpoint.requests import FIELDS, Asked, parse
 
 # SageMaker's own limit of a real-time call.
 MAX_BODY = 25 * 1024 * 1024
@@ -101,7 +101,7 @@ class Service:
         except Refused as refused:
             outcome = "busy" if isinstance(refused, Unavailable) else "refused"
             # Only names that are ours: an unknown one may be any text.
-            line["fields"] = [error.field for error in refused.errors if "is not known" not in error.detail]
+            line["fields"] = [error.field for error in refused.errors if error.field in (*FIELDS, "body")]
             response = _refusal(refused)
         except Exception as error:  # noqa: BLE001 (whatever a picture fails of is one caller's 500, and a line in the log)
             outcome = "failed"

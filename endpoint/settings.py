@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
+
+# Of the model's folder: what compiling made elsewhere, to be read only.
+CACHE_NAME = "compile-cache.bin"
+_SIZES = ("512x512", "512x768", "768x512", "768x768")
 
 
 class WrongSetting(ValueError):
@@ -26,8 +30,17 @@ class Settings:
     dtype: str = _setting(
         "auto", "DTYPE", "auto is float16 on a GPU, float32 without", ("auto", "float16", "bfloat16", "float32")
     )
+    device: str = _setting("auto", "DEVICE", "auto is a GPU where there is one", ("auto", "cuda", "cpu"))
     compile: str = _setting(
         "auto", "COMPILE", "auto is max-autotune on a GPU, off without", ("auto", "off", "default", "max-autotune")
+    )
+    warm_sizes: tuple[str, ...] = _setting(
+        _SIZES, "WARM_SIZES", "what is compiled before the first request, in a list; others run uncompiled", _SIZES
+    )
+    compile_cache: str = _setting(
+        "",
+        "COMPILE_CACHE",
+        f"file that keeps what compiling made; without it {CACHE_NAME} in MODEL_DIR is read where it is there",
     )
     max_batch: int = _setting(16, "MAX_BATCH", "requests that share a denoising step")
     max_running: int = _setting(64, "MAX_RUNNING", "requests that take turns")
@@ -43,11 +56,15 @@ class Settings:
     @classmethod
     def describe(cls) -> str:
         """Return one line on each environment variable: its name, meaning, choices and default."""
-        lines = [(f.metadata["name"], f.metadata["help"], f.metadata["choices"], f.default) for f in fields(cls)]
-        return "\n".join(
-            f"  {name:<15} {text} ({'one of ' + ', '.join(choices) + '; ' if choices else ''}default: {default})"
-            for name, text, choices, default in lines
-        )
+        return "\n".join(f"  {f.metadata['name']:<15} {f.metadata['help']} ({_range(f)})" for f in fields(cls))
+
+
+def _range(setting: Field[Any]) -> str:
+    default = setting.default
+    if isinstance(default, tuple):
+        return f"default: {','.join(default)}"
+    choices = setting.metadata["choices"]
+    return f"{'one of ' + ', '.join(choices) + '; ' if choices else ''}default: {default or 'none'}"
 
 
 def _parse(metadata: Mapping[str, Any], default: Any, value: str) -> Any:
@@ -57,6 +74,11 @@ def _parse(metadata: Mapping[str, Any], default: Any, value: str) -> Any:
         if not re.fullmatch(r"\d{1,9}", value, re.ASCII) or not low <= int(value) <= high:
             raise WrongSetting(f"{name} must be an integer from {low} to {high}")
         return int(value)
+    if isinstance(default, tuple):
+        several = tuple(part.strip() for part in value.split(","))
+        if not set(several) <= set(choices):
+            raise WrongSetting(f"{name} must be a list, with commas, of {', '.join(choices)}")
+        return several
     if choices and value not in choices:
         raise WrongSetting(f"{name} must be one of {', '.join(choices)}")
     return value

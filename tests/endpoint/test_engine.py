@@ -6,6 +6,7 @@ import gc
 import io
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError, wait
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, ImageFile
 
 from endpoint.engine import Busy, Engine, Stopped, to_image
+from endpoint.logs import describe
 from endpoint.samples import Sample
 from tests.endpoint.asked import Watched, assert_equal, picture, request
 
@@ -267,6 +269,48 @@ def test_a_request_that_fails_mid_flight_harms_no_other(model, run, reference, p
     assert engine.alive
 
 
+def test_a_batch_too_large_for_the_memory_is_let_go_of_before_it_is_made_smaller(model, run, reference, caplog):
+    called: list[tuple[int, weakref.ref[torch.Tensor]]] = []
+    left: list[int] = []
+
+    def unet(latents, _embeds):
+        # What a failed call was given would still take memory.
+        left.append(sum(latents() is not None for _, latents in called))
+        called.append((len(latents), weakref.ref(latents)))
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+
+    engine = run(Watched(model, before=unet).model)
+    asked = [request(seed=seed, strength=0.3) for seed in range(4)]
+    for future, one in zip([engine.submit(one) for one in asked], asked, strict=True):
+        assert_equal(future.result(60).pixels, reference(one))
+    assert set(left) == {0}
+    # After that no call is as large, so that not every step fails once.
+    assert sum(rows > 4 for rows, _ in called) == 1
+    assert "memory is too small" in caplog.text
+
+
+def test_a_single_request_too_large_for_the_memory_is_let_go_of(model, run):
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def unet(latents, _embeds):
+        seen.append(weakref.ref(latents))
+        try:
+            raise torch.OutOfMemoryError("out of memory")
+        except torch.OutOfMemoryError as error:
+            # Errors may be each other's causes.
+            other = ValueError()
+            other.__cause__ = error
+            raise error from other
+
+    engine = run(Watched(model, before=unet).model)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        engine.submit(request()).result(60)
+    assert seen[0]() is None
+    # The log still names the place.
+    assert raised.traceback[-1].path.name == "test_engine.py"
+
+
 def test_what_is_no_number_stays_in_its_own_picture(run, reference):
     engine = run(max_batch=2)
     # It keeps the place of the next from being given up.
@@ -335,6 +379,10 @@ def test_a_thread_that_dies_leaves_nobody_waiting(model, run, seen, where, caplo
     with pytest.raises(Stopped):
         engine.submit(request())
     assert "by a fault: Fault" in caplog.text
+    fault = next(record for record in caplog.records if record.exc_info)
+    assert describe(fault.exc_info[1])["error"] == "Fault"
+    assert Path(__file__).name in describe(fault.exc_info[1])["at"]
+    engine.wait()
     assert "secret" not in caplog.text
     engine.stop()
 
@@ -405,12 +453,17 @@ def test_warming_up_makes_the_calls_of_each_size(watched, run):
     assert (engine.waiting, engine.running) == (0, 0)
 
 
-def test_warming_up_raises_what_goes_wrong(model, run):
+@pytest.mark.parametrize("kind", [RuntimeError, Fault])
+def test_warming_up_raises_what_goes_wrong(model, run, caplog, kind):
     def fail(*_):
-        raise RuntimeError("no compiler")
+        raise kind("no compiler")
 
-    with pytest.raises(RuntimeError, match="no compiler"):
-        run(Watched(model, before=fail).model).warm_up([(64, 64)])
+    engine = run(Watched(model, before=fail).model)
+    with pytest.raises(kind, match="no compiler"):
+        engine.warm_up([(64, 64)])
+    assert Path(__file__).name in describe(caplog.records[0].exc_info[1])["at"]
+    if kind is Fault:
+        eventually(lambda: not engine.alive)
 
 
 def test_batches_fill_what_is_compiled(watched, run, reference):

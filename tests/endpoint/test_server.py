@@ -165,8 +165,21 @@ def test_all_that_is_wrong_is_named_at_once(server):
     assert set(answer.errors) == {"strength", "scheduler", "Prompt", "fit", "image", "prompt"}
     assert answer.errors["strength"] == "must be a number from 0.1 to 1"
     assert all(name in answer.errors["scheduler"] for name in SCHEDULERS)
-    assert "negative_prompt" in answer.errors["fit"]
+    # The first unknown one tells which are known.
+    assert "negative_prompt" in answer.errors["Prompt"]
+    assert answer.errors["fit"] == "is not known"
     assert (answer.errors["image"], answer.errors["prompt"]) == ("is required", "is required")
+
+
+def test_a_body_of_many_wrong_fields_has_a_short_answer(server):
+    answer = server.invoke({f"field {number}": number for number in range(100_000)})
+    assert answer.status == 400
+    assert list(answer.errors) == [f"field {number}" for number in range(20)]
+    assert len(answer.body) < 4000
+    # Its names are nobody's to log, whatever they say.
+    answer = server.invoke({"is not known": 1, "strength": 7}, X_Amzn_SageMaker_Inference_Id="named")
+    line = server.logged(lambda entry: entry.get("inference_id") == "named")
+    assert line["fields"] == ["strength", "image", "prompt"]
 
 
 @pytest.mark.parametrize(("width", "height"), [(512, 768), (768, 512), (64, 64), (20_000, 20_000)])
@@ -286,8 +299,9 @@ def test_ping_and_metrics(server):
 def test_logs_are_json_lines_that_hold_no_prompt_and_no_picture(model):
     secret = "zyxwv"
     prompt = f"{secret} " * 200
-    with serving("--model", model) as server:
-        server.said("ready")
+    with serving("--model", model, DEVICE="cpu") as server:
+        ready = server.said("ready")
+        assert (ready["device"], ready["dtype"], ready["compile"]) == ("cpu", "float32", "off")
         done = server.invoke(
             {**ASKED, "prompt": prompt, "negative_prompt": secret}, X_Amzn_SageMaker_Inference_Id="job-0-1"
         )
@@ -423,6 +437,7 @@ def test_sigterm_while_the_model_loads_ends_the_process_at_once(model):
         (["--port", "eighty"], {}, "error: PORT must be an integer from 0 to 65535"),
         ([], {"MAX_BATCH": "0"}, "error: MAX_BATCH must be an integer from 1 to 100000"),
         ([], {"COMPILE": "fast"}, "error: COMPILE must be one of auto, off, default, max-autotune"),
+        ([], {"DEVICE": "gpu"}, "error: DEVICE must be one of auto, cuda, cpu"),
         ([], {"SAFETY_CHECKER": "1"}, "error: SAFETY_CHECKER must be one of off, on"),
     ],
 )
@@ -454,9 +469,6 @@ def answered(engine, request):
         future.set_exception(RuntimeError(request.prompt))
     elif "naked" in request.prompt:
         future.set_result(Result(None, flagged=True, queue_seconds=0.5, run_seconds=1.5))
-    elif "dying" in request.prompt:
-        Engine.alive = False
-        raise SystemError(request.prompt)
     else:
         return submit(engine, request)
     return future
@@ -464,7 +476,7 @@ Engine.submit = answered
 """
 
 
-def test_flagged_and_failed_requests_and_an_engine_that_died(model):
+def test_flagged_and_failed_requests(model):
     with serving("--model", model, driver=ENGINE) as server:
         server.said("ready")
         for wants_json in (True, False):
@@ -481,6 +493,35 @@ def test_flagged_and_failed_requests_and_an_engine_that_died(model):
         assert b"secret" not in failed.body
         assert server.logged(lambda entry: entry.get("outcome") == "failed")["error"] == "RuntimeError"
         assert server.invoke(ASKED).status == 200
-        assert server.invoke({**ASKED, "prompt": "dying secret"}).status == 500
-        assert server.call("GET", "/ping").status == 503
+        assert not any("secret" in line for line in server.lines)
+
+
+FAULT = """
+from endpoint.samples import Pool
+class Fault(BaseException):
+    pass
+step = Pool.step
+def fault(pool, samples):
+    if any("dying" in sample.request.prompt for sample in samples):
+        raise Fault(samples[0].request.prompt)
+    step(pool, samples)
+Pool.step = fault
+"""
+
+
+def test_an_engine_that_dies_ends_the_process_when_all_is_answered(model):
+    with serving("--model", model, driver=FAULT, TRANSFORMERS_VERBOSITY="error") as server:
+        server.said("ready")
+        running = server.begin(LONG)
+        server.wait_for("endpoint_running", bool)
+        dying = server.begin({**ASKED, "prompt": "dying secret"})
+        for connection in (running, dying):
+            response = connection.getresponse()
+            assert (response.status, json.load(response)["code"]) == (503, "busy")
+            connection.close()
+        assert server.end() == 1
+        assert server.errors == f"error: cannot serve the model at {model}: the engine stopped by a fault\n"
+        fault = server.said("the engine stopped by a fault: Fault")
+        assert fault["error"] == "Fault"
+        assert fault["at"]
         assert not any("secret" in line for line in server.lines)

@@ -6,6 +6,7 @@
 
 First eight requests that differ in all they can, with the tiny model on the processor. Then clients that each ask for
 the next picture as they get one: on a GPU with Stable Diffusion 1.5's networks at random weights, else the tiny model.
+Until it is ready is for the one size that is measured; the endpoint compiles four unless WARM_SIZES says else.
 Exits with 1 when a goal is missed; the GPU's goals are an H100's, and judged on no smaller one.
 """
 
@@ -176,7 +177,7 @@ def load_lines(setup: Setup, found: dict[str, Found]) -> list[tuple[str, ...]]:
 
 def subject_lines(found: dict[str, Found]) -> list[tuple[str, ...]]:
     """Return the table of what does not depend on the clients."""
-    lines = [("", "ready after s", "steps/s", "peak memory GiB")]
+    lines = [("", "ready for one size after s", "steps/s", "peak memory GiB")]
     for one in found.values():
         memory = None if one.memory is None else one.memory / 2**30
         lines.append((one.subject, _number(one.ready, 1), _number(one.steps, 1), _number(memory, 2)))

@@ -120,7 +120,7 @@ def diffusers_compiled(setup: Setup) -> Figures:
 
 
 def engine(setup: Setup) -> Figures:
-    """Measure the engine, warmed up for one size as it is for all before `/ping` says 200."""
+    """Measure the engine, warmed up for this size alone; the endpoint is for several before `/ping` says 200."""
     model = Model.of(setup.pipeline(), device=setup.device, compile=setup.compile)
     started = time.perf_counter()
     made = Engine(model)
