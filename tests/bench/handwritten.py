@@ -244,7 +244,8 @@ class Worker:
             Key=job_key,
             UpdateExpression="SET #status = :processing, lease = :lease, due_at = :due, "
             "started_ms = if_not_exists(started_ms, :now_ms) ADD attempts :one",
-            ConditionExpression="#status = :queued OR (#status = :processing AND due_at <= :now)",
+            ConditionExpression="#status = :queued OR (#status = :processing AND attribute_not_exists(lease)) "
+            "OR (#status = :processing AND due_at <= :now)",
             ExpressionAttributeNames={"#status": "status"},
             ExpressionAttributeValues={
                 ":queued": {"S": "queued"},
@@ -269,6 +270,8 @@ class Worker:
             "status": {"S": "succeeded"},
             "completed_ms": {"N": str(ms)},
             "outputs": {"S": json.dumps([output])},
+            "backend": job["backend"],
+            "backend_reason": {"S": ""},
             "error_code": {"S": ""},
             "error_detail": {"S": ""},
             "reserved": {"N": str(reserved)},
@@ -280,7 +283,7 @@ class Worker:
             "TableName": table,
             "Key": {"pk": {"S": f"TEAM#{team}"}, "sk": {"S": f"JOB#{job_id}"}},
             "UpdateExpression": f"SET {', '.join(f'#{name} = :{name}' for name in sets)} "
-            "REMOVE lease, due_at, open_shard",
+            "REMOVE lease, due_at, open_shard, pending, waits_for",
             "ConditionExpression": "#status = :seen AND lease = :held",
             "ExpressionAttributeNames": {f"#{name}": name for name in sets},
             "ExpressionAttributeValues": {
