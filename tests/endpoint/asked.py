@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,17 +47,22 @@ class Reference:
         if key not in self._made:
             kind, options = SCHEDULERS[asked.scheduler]
             self._pipeline.scheduler = kind.from_config(self._config, **options)
-            self._made[key] = self._pipeline(
-                asked.prompt,
-                image=asked.image,
-                negative_prompt=asked.negative_prompt,
-                strength=asked.strength,
-                num_inference_steps=asked.num_inference_steps,
-                guidance_scale=asked.guidance_scale,
-                generator=torch.Generator().manual_seed(asked.seed),
-                output_type="np",
-            ).images[0]
+            self._made[key] = through(self._pipeline, asked, output_type="np")
         return self._made[key]
+
+
+def through(pipeline: Any, asked: Request, **options: Any) -> Any:
+    """Return what a pipeline, which has the scheduler already, makes of a request."""
+    return pipeline(
+        asked.prompt,
+        image=asked.image,
+        negative_prompt=asked.negative_prompt,
+        strength=asked.strength,
+        num_inference_steps=asked.num_inference_steps,
+        guidance_scale=asked.guidance_scale,
+        generator=torch.Generator().manual_seed(asked.seed),
+        **options,
+    ).images[0]
 
 
 def assert_equal(pixels: np.ndarray | None, expected: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from endpoint.lane import lane_for
 from endpoint.model import SCHEDULERS, Model
 from endpoint.plan import scheduler_for
 from endpoint.samples import Pool, Sample, Texts
-from tests.endpoint.asked import Watched, picture, request
+from tests.endpoint.asked import Watched, picture, request, through
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -51,16 +51,7 @@ def test_in_half_precision_it_is_close(tiny, dtype):
     pipeline, config = model.pipeline, model.pipeline.scheduler.config
     for pixels, asked in zip(pictures(model), mixed(), strict=True):
         pipeline.scheduler = scheduler_for(asked.scheduler, config)
-        expected = pipeline(
-            asked.prompt,
-            image=asked.image,
-            strength=asked.strength,
-            num_inference_steps=asked.num_inference_steps,
-            guidance_scale=asked.guidance_scale,
-            negative_prompt=asked.negative_prompt,
-            generator=torch.Generator().manual_seed(asked.seed),
-            output_type="np",
-        ).images[0]
+        expected = through(pipeline, asked, output_type="np")
         assert np.abs(pixels - expected).mean() < 0.02
 
 

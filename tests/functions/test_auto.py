@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from img2img import bootstrap
+from tests.functions.jobs import create
 from tests.system import System, running_system
 
 PRICE = 1000
@@ -36,19 +33,6 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("PRICE_BASE", f"{PRICE},sagemaker=300")
     with running_system("auto", asynchronous=request.param == "async") as started:
         yield started
-
-
-@cache
-def picture() -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (120, 60, 30)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def create(system: System, **fields: Any) -> str:
-    created = system.create(**{"image": picture(), "seed": 7, **fields})
-    assert created.status == 202, created.content
-    return str(created.json["id"])
 
 
 def run(system: System, **fields: Any) -> Any:

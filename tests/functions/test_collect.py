@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import logging
@@ -10,15 +9,15 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import boto3
 import pytest
-from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
 from img2img import bootstrap
+from tests.functions.interruptions import fail
+from tests.functions.jobs import create, encoded
 from tests.system import Context, System, function, running_system
 
 PRICE = 1000
@@ -41,20 +40,6 @@ def realtime() -> Iterator[System]:
     """A deployment with an endpoint that answers in real time."""
     with running_system("sagemaker", asynchronous=False) as started:
         yield started
-
-
-@cache
-def picture() -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (120, 60, 30)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def create(system: System, **fields: Any) -> str:
-    """Create a job that nobody waits for, and return its id."""
-    created = system.create(**{"image": picture(), "seed": 7, **fields})
-    assert created.status == 202, created.content
-    return str(created.json["id"])
 
 
 def started(system: System, **fields: Any) -> str:
@@ -258,7 +243,7 @@ def test_a_caller_who_waits_gets_the_picture(system):
         undone[:] = [(handle, record) for handle, record in undone if not handle(record)]
 
     system.services.sleep = meanwhile
-    answer = system.create(wait=25, image=picture(), headers={"Accept": "image/*"})
+    answer = system.create(wait=25, image=encoded(), headers={"Accept": "image/*"})
     assert (answer.status, answer.headers["content-type"]) == (200, "image/png")
     assert Image.open(io.BytesIO(answer.content)).size == (512, 512)
 
@@ -518,9 +503,6 @@ def test_trouble_with_reading_answers_is_no_failure_of_a_sample(system, at):
     system.sagemaker.behave("expired")
     job_id = started(system, samples=2)
 
-    def fail() -> None:
-        raise EndpointConnectionError(endpoint_url="https://aws.example")
-
     expired, answered = sorted(heard(system), key=lambda record: "Completed" in record["body"])
     for _ in range(4):
         at("before GetObject", fail)
@@ -581,9 +563,6 @@ def test_an_answer_that_s3_does_not_give_yet_is_fetched_when_the_notice_comes_ag
     job_id = started(system)
     [notice] = heard(system)
 
-    def fail() -> None:
-        raise EndpointConnectionError(endpoint_url="https://aws.example")
-
     at("before GetObject", fail)
     assert not system.collect(notice)
     assert system.job(job_id)["status"] == "processing"
@@ -596,9 +575,6 @@ def test_an_answer_that_s3_does_not_give_yet_is_fetched_when_the_notice_comes_ag
 def test_a_picture_that_s3_does_not_take_is_not_made_again(system, at, failures):
     job_id = started(system)
     [notice] = heard(system)
-
-    def fail() -> None:
-        raise EndpointConnectionError(endpoint_url="https://aws.example")
 
     for _ in range(failures):
         at("before PutObject", fail)
@@ -909,13 +885,13 @@ def test_no_prompt_and_no_picture_is_logged_or_shown(system, lines):
     run_out(system, job_id)
     refused = started(system, seed=9, **words)
     [notice] = heard(system)
-    text = f'Received client error (400) from primary with message "{PROMPT} {picture()}"'
+    text = f'Received client error (400) from primary with message "{PROMPT} {encoded()}"'
     assert system.collect(rewritten(notice, invocationStatus="Failed", failureReason=text, responseParameters=None))
     shown = json.dumps([system.job(job_id)["error"], system.job(refused)["error"], system.job(refused)["outputs"]])
     logged = lines.getvalue()
     records = [json.loads(line) for line in logged.splitlines()]
     assert {"job waits", "job ended", "unexpected"} <= {record["message"] for record in records}
-    for word in ("quagga", "vermilion", "wobbegong", picture()[:40]):
+    for word in ("quagga", "vermilion", "wobbegong", encoded()[:40]):
         assert word not in logged
         assert word not in shown
 

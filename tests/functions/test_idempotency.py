@@ -13,26 +13,19 @@ from typing import Any
 
 import boto3
 import pytest
-from botocore.exceptions import EndpointConnectionError
 from PIL import Image
 
 from img2img.create import Caller, Submission
 from img2img.errors import IdempotencyInFlight, InsufficientCredits
 from img2img.params import parse_request
 from img2img.submit import submit
+from tests.faults.calls import Killed
+from tests.functions.interruptions import die, fail
 from tests.system import API_KEY_ID, Answer, Context, System, create_team, function, running_system
 
 KEY = "order-17"
 CREATE = {"PutObject": 1, "TransactWriteItems": 1, "SendMessage": 1}
 PRICE = 1000
-
-
-class Killed(BaseException):
-    """The process is gone: nothing of it catches this."""
-
-
-def die() -> None:
-    raise Killed
 
 
 class Aws:
@@ -369,9 +362,6 @@ def test_a_team_that_was_disabled_a_moment_ago_creates_nothing(system):
 
 @pytest.mark.parametrize("operation", ["PutObject", "TransactWriteItems"])
 def test_a_request_that_aws_failed_can_be_sent_again(system, aws, operation):
-    def fail() -> None:
-        raise EndpointConnectionError(endpoint_url="https://aws.example")
-
     aws.once_at(f"before {operation}", fail)
     failed = ask(system)
     assert (failed.status, failed.json["code"]) == (500, "internal_error")
@@ -381,9 +371,6 @@ def test_a_request_that_aws_failed_can_be_sent_again(system, aws, operation):
 
 
 def test_a_job_that_could_not_be_sent_is_a_job_still(system, aws):
-    def fail() -> None:
-        raise EndpointConnectionError(endpoint_url="https://aws.example")
-
     aws.once_at("before SendMessage", fail)
     created = ask(system)
     assert created.status == 202

@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
-import boto3
 import pytest
-from botocore.exceptions import EndpointConnectionError
-from PIL import Image
 
 from img2img.errors import BackendUnreachable
 from img2img.jobs import Status, given_up
 from img2img.sweep import sweep
+from tests.faults.calls import Killed
+from tests.functions.interruptions import die, fail
+from tests.functions.jobs import create, encoded
 from tests.system import System
 
 LEASE = 130
 DEADLINE = 1800
-
-
-class Killed(BaseException):
-    """The process is gone: nothing of it catches this."""
-
-
-@pytest.fixture
-def at(system) -> Iterator[Callable[[str, Callable[[], Any]], None]]:
-    """Have something happen before the next AWS call of an operation."""
-    steps: dict[str, Callable[[], Any]] = {}
-
-    def before(model: Any, **_: Any) -> None:
-        if step := steps.pop(model.name, None):
-            step()
-
-    # The functions make their clients, each with a copy of these events, when they first need them.
-    events = boto3.DEFAULT_SESSION.events
-    events.register("before-call", before)
-    yield steps.__setitem__
-    events.unregister("before-call", before)
-
-
-def die() -> None:
-    raise Killed
-
-
-def fail() -> None:
-    raise EndpointConnectionError(endpoint_url="https://aws.example")
-
-
-@cache
-def picture() -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (120, 60, 30)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def create(system: System, **fields: Any) -> str:
-    created = system.create(**{"image": picture(), "seed": 7, **fields})
-    assert created.status == 202, created.content
-    return str(created.json["id"])
 
 
 def lose_messages(system: System) -> None:
@@ -82,7 +38,7 @@ def crashed(system: System, at: Callable[..., None], operation: str = "GetObject
     """Create a job whose worker dies before a call, and whose message is lost."""
     job_id = create(system, **fields)
     [record] = system.receive()
-    at(operation, die)
+    at(f"before {operation}", die)
     with pytest.raises(Killed):
         system.work(record)
     lose_messages(system)
@@ -152,7 +108,7 @@ def test_repeated_messages_run_a_job_once(system):
 
 
 def test_a_job_whose_message_could_not_be_sent_is_sent_by_the_sweep(system, at):
-    at("SendMessage", fail)
+    at("before SendMessage", fail)
     job_id = create(system)
     assert system.messages() == 0
     system.clock.advance(60)
@@ -219,7 +175,7 @@ def test_a_worker_that_was_only_slow_keeps_its_job(system, at):
         system.clock.advance(LEASE)
         assert sweep(system.services) == {"resent": 1}
 
-    at("PutObject", meanwhile)
+    at("before PutObject", meanwhile)
     assert system.work(record)
     assert system.job(job_id)["status"] == "succeeded"
     assert system.deliver() == 1
@@ -303,7 +259,7 @@ def test_the_sweep_keeps_the_pictures_that_were_delivered_before_the_deadline(sy
 
 
 def test_who_waits_for_a_job_past_its_deadline_gets_a_504(system):
-    request = {"image": picture(), "headers": {"Idempotency-Key": "k"}}
+    request = {"image": encoded(), "headers": {"Idempotency-Key": "k"}}
     job_id = forgotten(system, headers=request["headers"])
     system.clock.advance(DEADLINE - 10)
 
@@ -354,7 +310,7 @@ def test_a_job_that_ends_while_it_is_swept_stays_ended(system, at, end):
             _, claimed = jobs.claim("default", job_id, lease_seconds=LEASE)
             assert jobs.finish(given_up(claimed, BackendUnreachable("away")))
 
-    at("TransactWriteItems", meanwhile)
+    at("before TransactWriteItems", meanwhile)
     assert sweep(system.services) == {}
     answer = system.api("GET", f"/jobs/{job_id}")
     assert answer.status == (404 if end == "delete" else 200)
@@ -368,7 +324,7 @@ def test_a_job_that_is_claimed_while_it_is_swept_stays_claimed(system, at):
     job_id = forgotten(system)
     system.clock.advance(60)
     jobs = system.services.jobs
-    at("UpdateItem", lambda: jobs.claim("default", job_id, lease_seconds=LEASE))
+    at("before UpdateItem", lambda: jobs.claim("default", job_id, lease_seconds=LEASE))
     sweep(system.services)
     claimed = jobs.get("default", job_id)
     system.deliver()
@@ -385,7 +341,7 @@ def test_two_sweeps_at_once_do_a_job_once(system, at, operation):
     job_id = forgotten(system)
     system.clock.advance(60)
     inner: list[dict[str, int]] = []
-    at(operation, lambda: inner.append(dict(sweep(system.services))))
+    at(f"before {operation}", lambda: inner.append(dict(sweep(system.services))))
     assert dict(sweep(system.services)) == inner[0] == {"resent": 1}
     assert system.deliver() == 2
     assert system.job(job_id)["status"] == "succeeded"
@@ -396,7 +352,7 @@ def test_two_sweeps_at_once_fail_a_job_once(system, at):
     job_id = forgotten(system)
     system.clock.advance(DEADLINE)
     inner: list[dict[str, int]] = []
-    at("TransactWriteItems", lambda: inner.append(dict(sweep(system.services))))
+    at("before TransactWriteItems", lambda: inner.append(dict(sweep(system.services))))
     assert dict(sweep(system.services)) == {}
     assert inner == [{"failed": 1}]
     assert system.job(job_id)["error"]["code"] == "deadline_exceeded"
@@ -406,7 +362,7 @@ def test_two_sweeps_at_once_fail_a_job_once(system, at):
 def test_two_sweeps_at_once_of_a_crashed_job_do_no_harm(system, at):
     job_id = crashed(system, at)
     system.clock.advance(LEASE)
-    at("SendMessage", lambda: sweep(system.services))
+    at("before SendMessage", lambda: sweep(system.services))
     sweep(system.services)
     assert 1 <= system.messages() <= 2
     system.deliver()
@@ -417,7 +373,7 @@ def test_two_sweeps_at_once_of_a_crashed_job_do_no_harm(system, at):
 def test_a_job_that_cannot_be_sent_is_sent_by_a_later_sweep(system, at):
     jobs = [forgotten(system) for _ in range(2)]
     system.clock.advance(60)
-    at("SendMessage", fail)
+    at("before SendMessage", fail)
     with pytest.raises(RuntimeError, match="1 jobs were skipped"):
         system.sweep()
     assert system.messages() == 1, "the trouble of one job keeps no other waiting"

@@ -25,6 +25,7 @@ from PIL import Image
 from endpoint.engine import Engine, Request, to_image
 from endpoint.model import Compile, Model
 from endpoint.plan import scheduler_for
+from tests.endpoint.asked import through
 from tests.endpoint.bench import asks, sd15
 
 STEPS, STRENGTH = 25, 0.75
@@ -172,16 +173,7 @@ class Diffusers:
     def __call__(self, asked: Request) -> Image.Image:
         """Make the picture."""
         self._pipeline.scheduler = scheduler_for(asked.scheduler, self._config)
-        made = self._pipeline(
-            asked.prompt,
-            image=asked.image,
-            negative_prompt=asked.negative_prompt,
-            strength=asked.strength,
-            num_inference_steps=asked.num_inference_steps,
-            guidance_scale=asked.guidance_scale,
-            generator=torch.Generator().manual_seed(asked.seed),
-        )
-        return made.images[0]
+        return through(self._pipeline, asked)
 
 
 def _one_by_one(setup: Setup, pipeline: Any) -> Figures:

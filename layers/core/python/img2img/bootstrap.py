@@ -14,6 +14,7 @@ from botocore.config import Config
 
 from img2img.credits import Credits
 from img2img.errors import BackendUnreachable, NotFound
+from img2img.params import UNIT_OF_WORK
 from img2img.presets import PresetStore
 from img2img.prices import PriceTable
 from img2img.published import Published
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer
     from mypy_boto3_dynamodb import DynamoDBClient
+    from mypy_boto3_s3 import S3Client
     from mypy_boto3_sqs import SQSClient
 
     from img2img.backends import Backend
@@ -111,10 +113,14 @@ class Services:
         return UsageStore(self._dynamodb, self.settings.jobs_table)
 
     @cached_property
+    def _s3(self) -> S3Client:
+        return boto3.client("s3", config=_S3_CONFIG)
+
+    @cached_property
     def storage(self) -> Storage:
         """The buckets."""
         return Storage(
-            boto3.client("s3", config=_S3_CONFIG),
+            self._s3,
             uploads_bucket=self.settings.uploads_bucket,
             results_bucket=self.settings.results_bucket,
             max_image_bytes=self.settings.max_image_bytes,
@@ -170,7 +176,9 @@ class Services:
                 # In real time both calls have to fit into the worker's 120 s.
                 longest = math.inf if asynchronous else 110 - _REALTIME_SECONDS
                 # Large pictures take long without anything being wrong, and what is given up may be billed.
-                patient = self._segmind(lambda params: min(self.settings.fallback_after * max(params.work, 1), longest))
+                patient = self._segmind(
+                    lambda params: min(self.settings.fallback_after * max(params.work / UNIT_OF_WORK, 1), longest)
+                )
                 reserve = _COLD_START_SECONDS if asynchronous else _REALTIME_SECONDS
                 return AutoBackend(patient, self.sagemaker, reserve=reserve, clock=lambda: self.clock())
 
@@ -186,7 +194,7 @@ class Services:
         return SageMakerBackend(
             runtime=boto3.client("sagemaker-runtime", config=patient),
             control=boto3.client("sagemaker", config=_CONFIG),
-            s3=boto3.client("s3", config=_S3_CONFIG),
+            s3=self._s3,
             endpoint=self.settings.sagemaker_endpoint,
             bucket=self.settings.uploads_bucket,
             asynchronous=self.settings.sagemaker_invocation == "async",

@@ -34,6 +34,7 @@ SCHEDULERS = (
     "UniPC",
 )
 SIZES = (512, 768)
+UNIT_OF_WORK = 20 * 512 * 512
 FITS = ("cover", "contain", "stretch")
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
 MAX_SEED = 999_999_999_999_999
@@ -69,9 +70,9 @@ class Img2ImgParams:
         return self if self.seed != -1 else replace(self, seed=secrets.randbelow(2**32))
 
     @property
-    def work(self) -> float:
-        """How much work a sample is, in samples of 20 steps and 512 x 512."""
-        return self.num_inference_steps * self.img_width * self.img_height / (20 * 512 * 512)
+    def work(self) -> int:
+        """How much work a sample is: steps times pixels. `UNIT_OF_WORK` is that of 20 steps and 512 x 512."""
+        return self.num_inference_steps * self.img_width * self.img_height
 
     def seed_of(self, index: int) -> int:
         """Return the seed of sample `index`: each sample is a call of its own, so a retry repeats one image."""

@@ -6,12 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from img2img.params import Img2ImgParams
+from img2img.params import UNIT_OF_WORK, Img2ImgParams
 
 # Part of every price's version: raise it with a change of `PriceTable.quote`.
 _FORMULA = 1
-_STEPS = 20
-_PIXELS = 512 * 512
 _TABLE = re.compile(r"[1-9][0-9]{0,8}(,[a-z]+=[1-9][0-9]{0,8})*")
 
 
@@ -84,5 +82,5 @@ class PriceTable:
         One sample's price is rounded up to a thousandth, so that each can be charged or released by itself.
         """
         base = self.of_backend.get(backend, self.base)
-        one = -(-base * params.num_inference_steps * params.img_width * params.img_height // (_STEPS * _PIXELS))
+        one = -(-base * params.work // UNIT_OF_WORK)
         return Receipt(reserved=one * params.samples, price_version=self.version)
