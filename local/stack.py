@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from img2img.credits import Credits
-from img2img.gateway_keys import GatewayKeys
-from img2img.presets import PresetStore
-from img2img.teams import TeamStore
+from img2img.money.credits import Credits
+from img2img.teams.gateway_keys import GatewayKeys
+from img2img.teams.presets import PresetStore
+from img2img.teams.store import TeamStore
 from local.api_keys import ApiKeys
 from local.aws import STACK_NAME, Aws, provision
 from local.container import PYTHON, Container, Progress, tiny_model

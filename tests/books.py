@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import boto3
+import pytest
 from botocore.awsrequest import AWSResponse
 
-from img2img.credits import Credits
 from img2img.ids import new_id
-from img2img.jobs import Job, Output, OutputStatus, Status
+from img2img.jobs.guards import EarlierJob, Guard
+from img2img.jobs.job import Job, Output, OutputStatus, Status
+from img2img.jobs.store import JobStore
+from img2img.money.credits import Credits
+from img2img.money.prices import Receipt
+from img2img.money.usage import UsageStore
 from img2img.params import Img2ImgParams
-from img2img.prices import Receipt
-from img2img.store import JobStore
-from img2img.teams import TeamStore
-from img2img.usage import UsageStore
+from img2img.teams.store import TeamStore
 
 START = 1_790_000_000
 TABLE = "jobs"
@@ -27,6 +29,13 @@ CONFLICT = {
     "CancellationReasons": [{"Code": "None"}, {"Code": "TransactionConflict"}],
     "ResponseMetadata": {"HTTPStatusCode": 400, "HTTPHeaders": {}, "RequestId": "id"},
 }
+
+
+def earlier(store: JobStore, job: Job, guard: Guard) -> tuple[str, str]:
+    """Try to create a job, and return the id and the fingerprint that its guard holds already."""
+    with pytest.raises(EarlierJob) as caught:
+        store.create(job, guard)
+    return caught.value.job_id, caught.value.fingerprint
 
 
 class Clock:

@@ -27,8 +27,8 @@ from moto.moto_api._internal import moto_api_backend
 from moto.moto_api._internal.models import MotoAPIBackend
 
 from img2img import bootstrap
-from img2img.audit import audit
-from img2img.credits import Account
+from img2img.admin.audit import audit
+from img2img.money.credits import Account
 from local.moto_speed import make_fast
 from local.s3_notices import add_sequencers
 from local.sagemaker import SageMaker

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from img2img import observe
 from img2img.backends.sagemaker import read_notice
 from img2img.bootstrap import services
-from img2img.queues import after_trouble
-from img2img.run import collect
+from img2img.flows.run import collect
+from img2img.jobs.queues import after_trouble
 
 logger = Logger()
-metrics = Metrics()
 
 
 def _collect(record: dict[str, Any]) -> bool:
@@ -25,24 +24,24 @@ def _collect(record: dict[str, Any]) -> bool:
     logger.append_keys(correlation_id=record["messageId"])
     try:
         notice = read_notice(record["body"])
-        logger.append_keys(inference_id=notice.inference_id)
+        logger.append_keys(inference_id=notice.call)
         run = collect(use, notice)
         if run.job:
             logger.append_keys(correlation_id=run.job.correlation_id, job_id=run.job.id, team=run.job.team)
-            observe.describe(metrics, correlation_id=run.job.correlation_id, job_id=run.job.id)
-        observe.measure_run(logger, metrics, run)
+            observe.describe(correlation_id=run.job.correlation_id, job_id=run.job.id)
+        observe.job_run(retry_after=run.retry_after, remaining_credits=run.remaining_credits)
         # The worker that holds the job is mostly done within a second, and at the latest when its lease ends.
         retry_after = min(2 ** (receives - 1), 900) if run.held else run.retry_after
     except Exception as error:  # noqa: BLE001 (a message must never be lost to a bug)
-        observe.log_unexpected(logger, error)
+        observe.log_unexpected(error)
     if retry_after is None:
         return True
-    use.results.redeliver(record["receiptHandle"], retry_after)
+    use.answers_queue.redeliver(record["receiptHandle"], retry_after)
     return False
 
 
 @logger.inject_lambda_context(clear_state=True)
-@observe.flushed(metrics)
+@observe.flushed()
 def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Act on a batch; a message that is not done with is reported, and comes back after its own time."""
     failures = [{"itemIdentifier": record["messageId"]} for record in event["Records"] if not _collect(record)]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools import Logger
 from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from img2img import observe
 from img2img.bootstrap import services
 from img2img.errors import IdempotencyInFlight, InsufficientCredits
-from img2img.inbox import NewObject, NotAttributable, read_notices
-from img2img.ingest import ingest
-from img2img.jobs import Status
-from img2img.queues import after_trouble
+from img2img.flows.ingest import ingest
+from img2img.jobs.inbox import NewObject, NotAttributable, read_notices
+from img2img.jobs.queues import after_trouble
 
 logger = Logger()
-metrics = Metrics()
 
 
 def _take_in(new: NewObject, correlation_id: str, context: LambdaContext) -> None:
@@ -27,13 +25,10 @@ def _take_in(new: NewObject, correlation_id: str, context: LambdaContext) -> Non
         return
     job = submission.job
     logger.info("taken in", job_id=job.id, team=job.team, status=job.status)
-    observe.describe(metrics, correlation_id=correlation_id, job_id=job.id)
-    metrics.add_metric("ObjectsTakenIn", MetricUnit.Count, 1)
-    if job.status is Status.FAILED:
-        observe.job_ended(logger, job)
-        metrics.add_metric("JobsFailed", MetricUnit.Count, 1)
+    observe.describe(correlation_id=correlation_id, job_id=job.id)
+    observe.metrics.add_metric("ObjectsTakenIn", MetricUnit.Count, 1)
     if job.error_code == InsufficientCredits.code:
-        metrics.add_metric("InsufficientCredits", MetricUnit.Count, 1)
+        observe.metrics.add_metric("InsufficientCredits", MetricUnit.Count, 1)
 
 
 def _handle(record: dict[str, Any], context: LambdaContext) -> bool:
@@ -52,14 +47,14 @@ def _handle(record: dict[str, Any], context: LambdaContext) -> bool:
         logger.info("being taken in already")
         retry_after = after_trouble(receives)
     except Exception as error:  # noqa: BLE001 (a message must never be lost to a bug)
-        observe.log_unexpected(logger, error)
+        observe.log_unexpected(error)
         retry_after = after_trouble(receives)
-    services().notices.redeliver(record["receiptHandle"], retry_after)
+    services().uploads_queue.redeliver(record["receiptHandle"], retry_after)
     return False
 
 
 @logger.inject_lambda_context(clear_state=True)
-@observe.flushed(metrics)
+@observe.flushed()
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Act on a batch; a message that is not done with is reported, and comes back after its own time."""
     failures = [{"itemIdentifier": r["messageId"]} for r in event["Records"] if not _handle(r, context)]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from aws_lambda_powertools import Logger, Metrics
+from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from img2img import observe
 from img2img.bootstrap import services
-from img2img.queues import JobMessage, after_trouble
-from img2img.run import run_job
+from img2img.flows.run import run_job
+from img2img.jobs.queues import JobMessage, after_trouble
 
 logger = Logger()
-metrics = Metrics()
 
 
 def _run(record: dict[str, Any]) -> bool:
@@ -24,12 +23,12 @@ def _run(record: dict[str, Any]) -> bool:
     try:
         message = JobMessage.from_json(record["body"])
         logger.append_keys(correlation_id=message.correlation_id, job_id=message.job_id, team=message.team)
-        observe.describe(metrics, correlation_id=message.correlation_id, job_id=message.job_id)
+        observe.describe(correlation_id=message.correlation_id, job_id=message.job_id)
         run = run_job(use, message.team, message.job_id)
-        observe.measure_run(logger, metrics, run)
+        observe.job_run(retry_after=run.retry_after, remaining_credits=run.remaining_credits)
         retry_after = run.retry_after
     except Exception as error:  # noqa: BLE001 (a message must never be lost to a bug)
-        observe.log_unexpected(logger, error)
+        observe.log_unexpected(error)
     if retry_after is None:
         return True
     use.queue.redeliver(record["receiptHandle"], retry_after)
@@ -37,7 +36,7 @@ def _run(record: dict[str, Any]) -> bool:
 
 
 @logger.inject_lambda_context(clear_state=True)
-@observe.flushed(metrics)
+@observe.flushed()
 def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Run a batch; a message that is not done with is reported, and comes back after its own time."""
     failures = [{"itemIdentifier": record["messageId"]} for record in event["Records"] if not _run(record)]

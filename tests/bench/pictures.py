@@ -75,10 +75,10 @@ def _peak() -> float:
 
 def memory(folder: pathlib.Path, kind: str) -> None:
     silence()
-    from functions.api.app import prepare
+    from functions.api.app import make_clients
     from img2img import images
 
-    prepare()
+    make_clients()
     before = _peak()
     data = (folder / LARGE_FILES[kind]).read_bytes()
     images.prepare(data, width=512, height=512, fit="cover", max_pixels=MAX_PIXELS)

@@ -27,9 +27,9 @@ def _handwritten(event: dict[str, object]) -> int:
 
 
 def _ours(event: dict[str, object]) -> int:
-    from functions.api.app import handler, prepare
+    from functions.api.app import handler, make_clients
 
-    prepare()
+    make_clients()
     return int(handler(event, Context())["statusCode"])  # type: ignore[arg-type]
 
 

@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from img2img import bootstrap
-from img2img.audit import audit
-from img2img.credits import Account, Credits, Entry, Phase
-from img2img.dynamo import to_job
-from img2img.jobs import Job, OutputStatus, Status
+from img2img.admin.audit import audit
+from img2img.jobs.items import to_job
+from img2img.jobs.job import Job, OutputStatus, Status
+from img2img.jobs.store import JobStore
+from img2img.money.credits import Account, Credits, Entry, Phase
+from img2img.money.usage import UsageStore, total
 from img2img.params import Img2ImgParams
-from img2img.store import JobStore
-from img2img.usage import UsageStore, total
 from tests.faults.calls import SEED, Calls, Kill, Killed, Step
 from tests.system import API_KEY_ID, Answer, Context, System, create_team, function, queue_url, rest_event
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from img2img.dynamo import to_job
+from img2img.jobs.items import to_job
 from local.sagemaker import SageMaker
 from tests.container import FakeContainer
 from tests.faults.calls import AFTER, Kill, Killed, Meanwhile, Step

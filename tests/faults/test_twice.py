@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from img2img.create import Caller
-from img2img.params import parse_request
-from img2img.run import run_job
-from img2img.submit import submit
+from img2img.flows.intake import Caller
+from img2img.flows.run import run_job
+from img2img.flows.submit import submit
+from img2img.requests import parse_request
 from tests.faults.calls import AFTER, BEFORE, MOMENTS, Meanwhile
 from tests.faults.deployment import (
     LEASE,

@@ -39,9 +39,10 @@ from hypothesis.stateful import (
 from moto.backends import get_backend
 from PIL import Image
 
-from img2img import bootstrap, samples
-from img2img.audit import audit
+from img2img import bootstrap
+from img2img.admin.audit import audit
 from img2img.errors import AlreadyExists, InsufficientCredits
+from img2img.flows import generate as samples
 from local import segmind
 from tests.faults.calls import MOMENTS, SEED, Calls, Kill, Killed
 from tests.faults.deployment import LEASE, short_lived

@@ -15,10 +15,10 @@ import boto3
 import pytest
 from PIL import Image
 
-from img2img.create import Caller, Submission
 from img2img.errors import IdempotencyInFlight, InsufficientCredits
-from img2img.params import parse_request
-from img2img.submit import submit
+from img2img.flows.intake import Caller, Submission
+from img2img.flows.submit import submit
+from img2img.requests import parse_request
 from tests.faults.calls import Killed
 from tests.functions.interruptions import die, fail
 from tests.system import API_KEY_ID, Answer, Context, System, create_team, function, running_system

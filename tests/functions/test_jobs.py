@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from PIL import Image
 
-from img2img.listing import JobFilter
+from img2img.jobs.listing import JobFilter
 from tests.system import ROOT, Context, create_team, function, rest_event
 
 

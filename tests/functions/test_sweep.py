@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from img2img.errors import BackendUnreachable
-from img2img.jobs import Status, given_up
-from img2img.sweep import sweep
+from img2img.flows.sweep import sweep
+from img2img.jobs.job import Status, given_up
 from tests.faults.calls import Killed
 from tests.functions.interruptions import die, fail
 from tests.functions.jobs import create, encoded

@@ -17,10 +17,10 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from PIL import Image
 
-from img2img.audit import audit
+from img2img.admin.audit import audit
 from img2img.bootstrap import Services
-from img2img.credits import Phase
-from img2img.prices import PriceTable
+from img2img.money.credits import Phase
+from img2img.money.prices import PriceTable
 from tests.system import API_KEY_ID, SEGMIND_KEY, Answer, System
 
 RICH = 1_000_000_000

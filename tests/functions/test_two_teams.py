@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from img2img.audit import audit
+from img2img.admin.audit import audit
 from img2img.bootstrap import Services
 from img2img.ids import new_id
-from img2img.jobs import Status
+from img2img.jobs.job import Status
 from tests.system import Answer, System, function
 from tests.template.conftest import Template, read_template, translate
 

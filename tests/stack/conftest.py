@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from img2img.bootstrap import operator
+from img2img.admin.stack import operator
 from local.stack import Stack
 from tests.stack.client import Client
 

@@ -17,7 +17,7 @@ import pillow_heif
 import pytest
 from PIL import Image
 
-from img2img.audit import audit
+from img2img.admin.audit import audit
 from local.stack import Stack
 from tests.stack.client import Client, wait_until
 

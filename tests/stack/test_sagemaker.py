@@ -12,8 +12,8 @@ import pytest
 import requests
 from PIL import Image
 
-from img2img.audit import audit
-from img2img.bootstrap import operator
+from img2img.admin.audit import audit
+from img2img.admin.stack import operator
 from local.commands import _welcome
 from local.stack import Stack
 from tests.container import FakeContainer, painted

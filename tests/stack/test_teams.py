@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import pytest
 import requests
 
-from img2img.audit import audit
+from img2img.admin.audit import audit
 from tests.stack.client import Client, wait_until
 from tests.system import ROOT
 

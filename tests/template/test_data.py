@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from img2img.queues import after_trouble
+from img2img.jobs.queues import after_trouble
 
 QUEUES = ("Queue", "DeadLetterQueue")
 

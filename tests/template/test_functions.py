@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from img2img.jobs.guards import OBJECT_GUARD_TTL
 from img2img.settings import Settings
-from img2img.store import OBJECT_GUARD_TTL
 
 FUNCTIONS = ("ApiFunction", "WorkerFunction", "CollectFunction", "IngestFunction", "SweepFunction")
 FED = {
@@ -278,7 +278,7 @@ def test_a_failed_sweep_is_not_repeated_before_the_next(template):
 
 
 def test_binary_answers_are_of_types_that_the_gateway_decodes(template):
-    from functions.api.app import BINARY_TYPES
+    from img2img.negotiation import BINARY_TYPES
 
     assert set(BINARY_TYPES) <= {
         name.replace("~1", "/") for name in template.api["x-amazon-apigateway-binary-media-types"]

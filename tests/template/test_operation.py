@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from img2img.prices import PriceTable
+from img2img.money.prices import PriceTable
 from tests.system import function
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from img2img.audit import Audit, audit
+from img2img.admin.audit import Audit, audit
 from img2img.errors import InsufficientCredits, NotFound
-from img2img.jobs import Job, OutputStatus, Status
+from img2img.jobs.job import Job, OutputStatus, Status
 from tests.books import TABLE, Books, Stores, with_outcomes
 from tests.system import fresh_aws
 

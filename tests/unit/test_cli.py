@@ -19,7 +19,7 @@ import boto3
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
-from img2img import cli
+from img2img.admin import cli
 from tests.system import API_KEY_ID, sample_base64
 
 ROOT = Path(__file__).parents[2]

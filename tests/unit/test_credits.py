@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from img2img.credits import MAX_AMOUNT, MAX_NOTE, Account, Entry, Phase
 from img2img.errors import AlreadyExists, InsufficientCredits, InvalidRequest, NotFound, TeamDisabled
-from img2img.jobs import Job, Status
-from img2img.store import Guard, Guarded
-from tests.books import START, Books, with_outcomes
+from img2img.jobs.guards import Guard
+from img2img.jobs.job import Job, Status
+from img2img.money.credits import MAX_AMOUNT, MAX_NOTE, Account, Entry, Phase
+from tests.books import START, Books, earlier, with_outcomes
 from tests.system import fresh_aws
 
 
@@ -193,7 +193,7 @@ def test_a_canceled_job_costs_nothing(books, claimed):
     job = books.job(price=1500)
     if claimed:
         books.jobs.claim("default", job.id, lease_seconds=130)
-    canceled = books.jobs.cancel("default", job.id)
+    _, canceled = books.jobs.cancel("default", job.id)
     assert canceled == books.jobs.get("default", job.id)
     assert (canceled.credits.charged, canceled.credits.released) == (0, 1500)
     assert standing(books) == {"balance": 2000, "reserved": 0, "charged": 0, "added": 2000, "entries": 3}
@@ -204,7 +204,7 @@ def test_what_was_delivered_of_a_job_canceled_on_its_way_is_released_too(books):
     job = books.job(price=2000, samples=2)
     _, claimed = books.jobs.claim("default", job.id, lease_seconds=130)
     assert books.jobs.release(with_outcomes(claimed, "succeeded"), due_at=START + 60, counts=True)
-    assert books.jobs.cancel("default", job.id).credits.released == 2000
+    assert books.jobs.cancel("default", job.id)[1].credits.released == 2000
     assert standing(books)["balance"] == 2000
 
 
@@ -243,7 +243,7 @@ def test_a_repeat_finds_its_job_when_the_balance_is_gone(books):
     books.credits.add("default", 1000)
     first = books.fresh()
     assert books.jobs.create(first, guard) is None
-    assert books.jobs.create(books.fresh(), guard) == Guarded(first.id, "f")
+    assert earlier(books.jobs, books.fresh(), guard) == (first.id, "f")
     assert standing(books) == {"balance": 0, "reserved": 1000, "charged": 0, "added": 1000, "entries": 2}
 
 
@@ -282,7 +282,7 @@ def finish_again(books: Books, job: Job) -> None:
 
 
 def cancel_again(books: Books, job: Job) -> None:
-    assert books.jobs.cancel("default", job.id).status.is_terminal
+    assert books.jobs.cancel("default", job.id)[1].status.is_terminal
 
 
 @pytest.mark.parametrize("again", [create_again, finish_again, cancel_again], ids=lambda again: again.__name__)
@@ -358,7 +358,7 @@ def an_end(books: Books, job: Job) -> object:
 
 
 def a_cancel(books: Books, job: Job) -> object:
-    return books.jobs.cancel("default", job.id).status is Status.CANCELED
+    return books.jobs.cancel("default", job.id)[1].status is Status.CANCELED
 
 
 def a_top_up(books: Books, _job: Job) -> object:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from img2img.inbox import (
+from img2img.jobs.inbox import (
     AwaitedUpload,
     InboxFile,
     NewObject,

@@ -17,7 +17,7 @@ from img2img.errors import (
     UnsupportedImage,
     recorded_error,
 )
-from img2img.jobs import (
+from img2img.jobs.job import (
     NEXT,
     Job,
     Output,
@@ -32,8 +32,8 @@ from img2img.jobs import (
     verdict,
     with_outputs,
 )
+from img2img.money.prices import Receipt
 from img2img.params import Img2ImgParams
-from img2img.prices import Receipt
 
 
 def output(index: int, status: OutputStatus, **others: object) -> Output:
@@ -177,7 +177,7 @@ def test_an_ended_job_waits_for_nothing_and_keeps_its_error_and_outputs():
 
 
 def test_an_ended_job_is_at_no_backend_any_more():
-    call = Pending(inference_id="a-1-0", endpoint="e", output="s3://a/b", failure="s3://a/c")
+    call = Pending(backend="sagemaker", notes={"inference_id": "a-1-0"})
     was = job(status=Status.PROCESSING, pending={0: call}, waits_for=Wait.ENDPOINT_STARTING, backend="sagemaker")
     for end in (Status.CANCELED, Status.FAILED):
         found = ended(was, end, at_ms=1)
@@ -188,7 +188,7 @@ def test_an_ended_job_is_at_no_backend_any_more():
     "answer",
     [
         GeneratedImage(b"a", 1.0, backend="sagemaker", reason="backend_failed"),
-        Pending(inference_id="a-1-0", endpoint="e", output="s3://a/b", failure="s3://a/c", reason="backend_failed"),
+        Pending(backend="sagemaker", reason="backend_failed", notes={"inference_id": "a-1-0"}),
     ],
 )
 def test_a_job_knows_which_backend_serves_it_and_why(answer):
@@ -199,7 +199,7 @@ def test_a_job_knows_which_backend_serves_it_and_why(answer):
 
 
 def test_a_sample_that_is_on_its_way_is_missing():
-    call = Pending(inference_id="a-1-0", endpoint="e", output="s3://a/b", failure="s3://a/c")
+    call = Pending(backend="sagemaker", notes={"inference_id": "a-1-0"})
     assert missing(job(pending={0: call})) == [0]
 
 

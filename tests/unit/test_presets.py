@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from img2img.errors import InvalidRequest, NotFound, PresetUnknown
-from img2img.presets import PresetFilter, PresetStore, parse_preset_page
+from img2img.teams.presets import PresetFilter, PresetStore, parse_preset_page
 from tests.books import START, Clock
 from tests.system import fresh_aws
 

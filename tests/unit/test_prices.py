@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from img2img.money.prices import PriceTable, Receipt, from_credits, in_credits
 from img2img.params import FITS, MAX_SEED, OUTPUT_FORMATS, SCHEDULERS, SIZES, Img2ImgParams
-from img2img.prices import PriceTable, Receipt, from_credits, in_credits
 
 bases = st.integers(1, 999_999_999)
 tables = st.builds(PriceTable, bases, st.dictionaries(st.text("abcdefghijklmnopqrstuvwxyz", min_size=1), bases))

@@ -7,8 +7,8 @@ from typing import Any
 import boto3
 import pytest
 
-from img2img.jobs import Source
-from img2img.published import Published
+from img2img.jobs.job import Source
+from img2img.jobs.outbox_index import OutboxIndex
 from tests.books import START, Clock
 from tests.system import fresh_aws
 
@@ -20,10 +20,10 @@ def client() -> Any:
 
 
 @pytest.fixture
-def published(client) -> Published:
+def published(client) -> OutboxIndex:
     for item in client.scan(TableName="jobs")["Items"]:
         client.delete_item(TableName="jobs", Key={"pk": item["pk"], "sk": item["sk"]})
-    return Published(client, "jobs", retention_days=30, clock=Clock())
+    return OutboxIndex(client, "jobs", retention_days=30, clock=Clock())
 
 
 def version(sequencer: str, key: str = "inbox/default/p/a.png", etag: str = "e") -> Source:

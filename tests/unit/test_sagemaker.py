@@ -146,7 +146,8 @@ def get(key: str) -> Any:
 
 
 def pending(output: str = f"s3://{BUCKET}/answers/none", failed_at: str = f"s3://{BUCKET}/failures/none") -> Pending:
-    return Pending(inference_id=ID, endpoint=ENDPOINT, output=output, failure=failed_at)
+    notes = {"inference_id": ID, "endpoint": ENDPOINT, "output": output, "failure": failed_at}
+    return Pending(backend="sagemaker", notes=notes)
 
 
 # What is asked for
@@ -179,7 +180,7 @@ def test_the_image_is_raw_base64():
 
 def test_an_asynchronous_call_leaves_its_request_and_tells_where_the_answer_will_be(asks, front, container):
     found = ask(asks)
-    assert (found.inference_id, found.backend, found.reason) == (ID, "sagemaker", "")
+    assert (found.notes["inference_id"], found.backend, found.reason) == (ID, "sagemaker", "")
     [invocation] = front.invocations
     assert invocation.input == f"s3://{BUCKET}/requests/{NAME}.json"
     assert (invocation.content_type, invocation.accept) == ("application/json", "application/json")
@@ -187,16 +188,16 @@ def test_an_asynchronous_call_leaves_its_request_and_tells_where_the_answer_will
     lies = get(f"requests/{NAME}.json")
     assert lies["ContentType"] == "application/json"
     assert json.loads(lies["Body"].read()) == request_body(IMAGE, PARAMS, 7, as_json=True)
-    assert found.output == f"s3://{BUCKET}/answers/{invocation.id}.out"
-    assert found.failure == f"s3://{BUCKET}/failures/{invocation.id}-error.out"
+    assert found.notes["output"] == f"s3://{BUCKET}/answers/{invocation.id}.out"
+    assert found.notes["failure"] == f"s3://{BUCKET}/failures/{invocation.id}-error.out"
     assert invocation.done.wait(10)
-    assert asks.answer(found) == GeneratedImage(painted((512, 768), 7), 0.02, backend="sagemaker")
+    assert asks.answer(found, None) == GeneratedImage(painted((512, 768), 7), 0.02, backend="sagemaker")
 
 
 def test_the_longest_names_fit_into_an_inference_id(asks, front):
     found = ask(asks, name=f"{'t' * 32}/01ARZ3NDEKTSV4RRFFQ69G5FAV/999999/3")
-    assert found.inference_id == "01ARZ3NDEKTSV4RRFFQ69G5FAV-999999-3"
-    assert len(found.inference_id) <= 64
+    assert found.notes["inference_id"] == "01ARZ3NDEKTSV4RRFFQ69G5FAV-999999-3"
+    assert len(found.notes["inference_id"]) <= 64
     assert len(front.invocations) == 1
 
 
@@ -399,7 +400,7 @@ NO_IMAGE = [
 
 @pytest.mark.parametrize("body", NO_IMAGE, ids=lambda body: body[:40].decode("latin-1"))
 def test_an_answer_without_an_image_is_broken(asks, body):
-    error = failed(lambda: asks.answer(pending(put("answers/broken", body))))
+    error = failed(lambda: asks.answer(pending(put("answers/broken", body)), None))
     assert type(error) is errors.BackendBroken
     assert error.detail == "The SageMaker endpoint's answer holds no image"
 
@@ -419,12 +420,12 @@ def test_an_answer_that_s3_breaks_off_is_trouble_with_s3():
     with answering(b'{"image": "', length=1000) as url:
         s3 = boto3.client("s3", endpoint_url=url, config=Config(retries={"total_max_attempts": 1}))
         with pytest.raises(BotoCoreError):
-            backend_at(url, s3=s3).answer(pending())
+            backend_at(url, s3=s3).answer(pending(), None)
 
 
 @pytest.mark.parametrize("size", [MAX_ANSWER + 1, MAX_ANSWER + 1000])
 def test_an_answer_that_is_too_large_is_broken(asks, size):
-    error = failed(lambda: asks.answer(pending(put("answers/large", b"7" * size))))
+    error = failed(lambda: asks.answer(pending(put("answers/large", b"7" * size)), None))
     assert (type(error), str(MAX_ANSWER) in error.detail) == (errors.BackendBroken, True)
 
 
@@ -433,23 +434,23 @@ def test_an_answer_in_a_bucket_that_is_not_ours_is_not_read(asks, place):
     boto3.client("s3").put_object(Bucket="results", Key="answers/x", Body=json.dumps({"image": PICTURE}))
     foreign = "s3://results/answers/x"
     call = pending(output=foreign) if place == "output" else pending(failed_at=foreign)
-    error = failed(lambda: asks.answer(call))
+    error = failed(lambda: asks.answer(call, None))
     assert (type(error), error.detail) == (errors.BackendBroken, "SageMaker answered in a bucket that is not ours")
 
 
 def test_no_answer_is_none(asks):
-    assert asks.answer(pending()) is None
-    assert asks.answer(pending(failed_at="")) is None
+    assert asks.answer(pending(), None) is None
+    assert asks.answer(pending(failed_at=""), None) is None
 
 
 def test_an_answer_without_metrics_is_one(asks):
-    found = asks.answer(pending(put("answers/plain", json.dumps({"image": PICTURE}).encode())))
+    found = asks.answer(pending(put("answers/plain", json.dumps({"image": PICTURE}).encode())), None)
     assert found == GeneratedImage(b"a picture", 0.0, backend="sagemaker")
 
 
 def test_a_flagged_answer_has_no_picture(asks, calls, container):
     said = {"image": None, "nsfw": True, "seed": 7, "metrics": {"queue_ms": 3, "run_ms": 812}}
-    found = asks.answer(pending(put("answers/flagged", json.dumps(said).encode())))
+    found = asks.answer(pending(put("answers/flagged", json.dumps(said).encode())), None)
     assert found == GeneratedImage(b"", 0.812, flagged=True, backend="sagemaker")
     container.next.append("flagged")
     assert ask(calls) == GeneratedImage(b"", 0.02, flagged=True, backend="sagemaker")
@@ -457,7 +458,7 @@ def test_a_flagged_answer_has_no_picture(asks, calls, container):
 
 def test_a_picture_counts_for_more_than_a_failure(asks):
     answer = put("answers/both", json.dumps({"image": PICTURE}).encode())
-    assert asks.answer(pending(answer, put("failures/both", b"(500)"))).data == b"a picture"
+    assert asks.answer(pending(answer, put("failures/both", b"(500)")), None).data == b"a picture"
 
 
 @pytest.mark.parametrize("status", [400, 500, 503])
@@ -465,20 +466,20 @@ def test_a_failure_in_s3_means_what_its_notice_means(asks, front, container, sta
     container.next.append(status)
     call = ask(asks)
     assert front.invocations[0].done.wait(10)
-    error = failed(lambda: asks.answer(call))
+    error = failed(lambda: asks.answer(call, None))
     assert (type(error), error.retryable) == STATUSES[status]
 
 
 def test_trouble_with_s3_is_no_failure_of_the_call(asks):
     with answered(asks._s3, "GetObject", 403, "AccessDenied"), pytest.raises(ClientError):
-        asks.answer(pending())
+        asks.answer(pending(), None)
 
     def fail(**_: Any) -> None:
         raise EndpointConnectionError(endpoint_url="https://aws.example")
 
     asks._s3.meta.events.register_first("before-call.s3.GetObject", fail)
     with pytest.raises(EndpointConnectionError):
-        asks.answer(pending())
+        asks.answer(pending(), None)
 
 
 json_values = st.recursive(
@@ -516,7 +517,7 @@ def holding(body: bytes) -> SageMakerBackend:
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_answer_is_a_picture_or_broken(body):
     try:
-        found = holding(body).answer(pending())
+        found = holding(body).answer(pending(), None)
     except errors.BackendBroken:
         return
     assert bool(found.data) != found.flagged
@@ -603,7 +604,7 @@ def notice(**changes: Any) -> str:
 
 def test_a_notice_of_success():
     found = read_notice(notice())
-    assert (found.name, found.index, found.inference_id) == (NAME, 0, ID)
+    assert (found.name, found.index, found.call) == (NAME, 0, ID)
     assert (found.output, found.failure_reason) == (f"s3://{BUCKET}/answers/a.out", "")
 
 
@@ -624,10 +625,10 @@ def test_the_fronts_own_notices_are_read(asks, front, container):
         assert front.invocations[index].done.wait(10)
     bodies = [message["Body"] for message in sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10)["Messages"]]
     refused, done = sorted(map(read_notice, bodies), key=lambda found: found.index)
-    assert (refused.name, refused.inference_id, refused.output) == ("default/JOB/1/0", "JOB-1-0", None)
+    assert (refused.name, refused.call, refused.output) == ("default/JOB/1/0", "JOB-1-0", None)
     assert type(failure(refused.failure_reason)) is errors.BackendRefused
     assert (done.name, done.failure_reason) == ("default/JOB/1/1", "")
-    assert asks.answer(pending(done.output)).data == painted((512, 768), 7)
+    assert asks.answer(pending(done.output), None).data == painted((512, 768), 7)
 
 
 PROMISED = (ValueError, KeyError, TypeError, AttributeError)

@@ -15,18 +15,20 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError
 
-from img2img.audit import audit
-from img2img.backends import Pending
-from img2img.credits import Account, Credits, Entry, Phase
+from img2img.admin.audit import audit
+from img2img.backends import Pending, Wait
 from img2img.errors import DeadlineExceeded, InsufficientCredits, NotFound, PresetUnknown, TeamDisabled
 from img2img.ids import new_id
-from img2img.jobs import NEXT, Job, Output, OutputStatus, Source, Status, Wait, ended, given_up
-from img2img.listing import JobFilter
+from img2img.jobs.guards import GUARD_TTL, OBJECT_GUARD_TTL, Guard
+from img2img.jobs.job import NEXT, Job, Output, OutputStatus, Source, Status, ended, given_up
+from img2img.jobs.listing import JobFilter
+from img2img.jobs.store import JobStore
+from img2img.money.credits import Account, Credits, Entry, Phase
+from img2img.money.prices import Receipt
+from img2img.money.usage import Counts, Row, UsageStore
 from img2img.params import Img2ImgParams
-from img2img.prices import Receipt
-from img2img.store import GUARD_TTL, OBJECT_GUARD_TTL, Guard, Guarded, JobStore
-from img2img.teams import TeamStore
-from img2img.usage import Counts, Row, UsageStore
+from img2img.teams.store import TeamStore
+from tests.books import earlier
 from tests.system import fresh_aws
 
 START = 1_790_000_000
@@ -292,7 +294,7 @@ def test_an_open_job_never_expires_for_it_holds_credits(table):
     table.clock.now = START + 10 * RETENTION_DAYS * DAY
     assert table.now(made).id == made.id
     assert ids(table.store.list("default", JobFilter(limit=10)).jobs) == [made.id]
-    assert table.store.cancel("default", made.id).status is Status.CANCELED
+    assert table.store.cancel("default", made.id)[1].status is Status.CANCELED
     assert table.item(made)["expires_at"] == {"N": str(int(table.clock.now) + RETENTION_DAYS * DAY)}
 
 
@@ -333,7 +335,7 @@ def fail(table: Table, job: Job) -> object:
 
 
 def cancel(table: Table, job: Job) -> object:
-    return table.store.cancel(job.team, job.id).status is Status.CANCELED and not job.status.is_terminal
+    return table.store.cancel(job.team, job.id)[1].status is Status.CANCELED and not job.status.is_terminal
 
 
 def postpone(table: Table, job: Job) -> object:
@@ -437,13 +439,8 @@ def test_a_release_keeps_what_ended_and_counts_when_told(table, counts, attempts
 
 
 def call(index: int) -> Pending:
-    return Pending(
-        inference_id=f"x-1-{index}",
-        endpoint="an-endpoint",
-        output=f"s3://uploads/answers/{index}.out",
-        failure=f"s3://uploads/failures/{index}-error.out",
-        reason="backend_failed",
-    )
+    notes = {"inference_id": f"x-1-{index}", "output": f"s3://uploads/answers/{index}.out"}
+    return Pending(backend="sagemaker", reason="backend_failed", notes=notes)
 
 
 def at_a_backend(table: Table, *, due_at: int = START + 60) -> Job:
@@ -520,7 +517,7 @@ def test_a_job_at_a_backend_that_was_claimed_since_does_not_end_as_last_seen(tab
 
 def test_a_job_at_a_backend_can_be_canceled(table):
     job = at_a_backend(table)
-    assert table.store.cancel(job.team, job.id).status is Status.CANCELED
+    assert table.store.cancel(job.team, job.id)[1].status is Status.CANCELED
     assert claim(table, job) is None
     assert (table.now(job).pending, table.now(job).outputs) == ({}, ())
 
@@ -590,7 +587,7 @@ def test_overdue_finds_what_is_due_in_every_shard(table):
 def test_a_guard_admits_one_job(table):
     first = table.job(guard=guard())
     before = table.everything()
-    assert table.store.create(table.fresh(), guard(fingerprint="g")) == Guarded(first.id, "f")
+    assert earlier(table.store, table.fresh(), guard(fingerprint="g")) == (first.id, "f")
     assert table.everything() == before
 
 
@@ -603,10 +600,10 @@ def test_guards_of_another_team_or_key_are_separate(table, other):
 def test_a_guard_ends_after_a_day_whether_or_not_the_table_has_deleted_it(table):
     first = table.job(guard=guard())
     table.clock.now = START + GUARD_TTL - 1
-    assert table.store.create(table.fresh(), guard()) == Guarded(first.id, "f")
+    assert earlier(table.store, table.fresh(), guard()) == (first.id, "f")
     table.clock.now += 1
     second = table.job(guard=guard(fingerprint="g"))
-    assert table.store.create(table.fresh(), guard()) == Guarded(second.id, "g")
+    assert earlier(table.store, table.fresh(), guard()) == (second.id, "g")
 
 
 def test_a_job_is_never_overwritten(table):
@@ -622,7 +619,7 @@ def test_the_guard_of_an_object_holds_for_a_month(table):
     first = table.job(guard=of_object())
     table.clock.now = START + OBJECT_GUARD_TTL - 1
     before = table.everything()
-    assert table.store.create(table.fresh(), of_object()) == Guarded(first.id, "")
+    assert earlier(table.store, table.fresh(), of_object()) == (first.id, "")
     assert table.everything() == before
     table.clock.now += 1
     assert table.store.create(table.fresh(), of_object()) is None
@@ -664,7 +661,7 @@ def test_a_job_that_failed_at_once_is_made_once(table):
     table.store.create(first, of_object())
     before = table.everything()
     for again in (failed_at_once(table), table.fresh()):
-        assert table.store.create(again, of_object()) == Guarded(first.id, "")
+        assert earlier(table.store, again, of_object()) == (first.id, "")
         assert table.everything() == before
 
 
@@ -767,7 +764,7 @@ def test_a_guard_finds_its_job_whatever_the_team_has_left(table, enabled):
     first = table.job(guard=guard())
     table.teams.enable("default", enabled=enabled)
     before = table.everything()
-    assert table.store.create(table.fresh(), guard()) == Guarded(first.id, "f")
+    assert earlier(table.store, table.fresh(), guard()) == (first.id, "f")
     assert table.everything() == before
 
 
@@ -814,7 +811,7 @@ def test_a_canceled_job_costs_nothing_even_if_some_of_it_was_delivered(table, st
     assert table.store.release(held, due_at=START + 62, counts=True)
     if status is Status.PROCESSING:
         table.claim(held)
-    canceled = table.store.cancel("default", held.id)
+    _, canceled = table.store.cancel("default", held.id)
     assert canceled == table.now(held)
     assert (canceled.status, canceled.outputs) == (Status.CANCELED, ())
     assert (canceled.credits.charged, canceled.credits.released) == (0, PRICE)
@@ -894,7 +891,7 @@ def test_of_two_that_end_a_job_at_once_one_settles_it(table, late, first, status
 def test_a_cancel_tells_how_a_job_ended_just_before(table):
     job = table.claim(table.job())
     with table.between("TransactWriteItems", lambda: succeed(table, job)):
-        found = table.store.cancel(job.team, job.id)
+        _, found = table.store.cancel(job.team, job.id)
     assert found == table.now(job)
     assert found.status is Status.SUCCEEDED
 
@@ -903,7 +900,7 @@ def test_a_job_that_is_claimed_while_it_is_canceled_is_canceled(table):
     job = table.job()
     claims: list[Job] = []
     with table.between("TransactWriteItems", lambda: claims.append(table.claim(job))):
-        assert table.store.cancel(job.team, job.id).status is Status.CANCELED
+        assert table.store.cancel(job.team, job.id)[1].status is Status.CANCELED
     assert not succeed(table, claims[0])
     assert [entry.phase for entry in table.entries(job)] == [Phase.RESERVE, Phase.SETTLE]
     assert table.credits.account("default").balance == FUNDS
@@ -912,7 +909,7 @@ def test_a_job_that_is_claimed_while_it_is_canceled_is_canceled(table):
 def test_a_job_that_is_released_while_it_is_canceled_is_canceled(table):
     held = replace(table.claim(table.job()), outputs=(picture(0),))
     with table.between("TransactWriteItems", lambda: release(table, held)):
-        assert table.store.cancel(held.team, held.id).outputs == ()
+        assert table.store.cancel(held.team, held.id)[1].outputs == ()
     assert table.now(held).outputs == ()
     assert table.credits.account("default").balance == FUNDS
 
@@ -1221,7 +1218,7 @@ class Anyone:
             self.job = ended
 
     def cancel(self) -> None:
-        found = self.table.store.cancel(self.job.team, self.job.id)
+        _, found = self.table.store.cancel(self.job.team, self.job.id)
         if not self.job.status.is_terminal:
             completed_ms = int(self.table.clock.now * 1000)
             released = replace(self.job.credits, released=PRICE)

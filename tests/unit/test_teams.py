@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from img2img.errors import AlreadyExists, Forbidden, InvalidRequest, KeyDisabled, KeyUnknown, NotFound
-from img2img.teams import CACHE_SECONDS, Team, check_label
+from img2img.teams.store import CACHE_SECONDS, Team, check_label
 from tests.books import START, Books, Stores
 from tests.system import fresh_aws
 

@@ -15,9 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from img2img.errors import InvalidRequest
-from img2img.jobs import Job, Status, ended
-from img2img.prices import PriceTable
-from img2img.usage import (
+from img2img.jobs.bookings import closing
+from img2img.jobs.job import Job, Status, ended
+from img2img.money.prices import PriceTable
+from img2img.money.usage import (
     COUNTED,
     GROUPS,
     OPERATOR_GROUPS,
@@ -26,7 +27,6 @@ from img2img.usage import (
     UsageQuery,
     as_csv,
     as_records,
-    count,
     grouped,
     parse_usage_query,
     total,
@@ -155,7 +155,7 @@ def write_counts(books: Books, jobs: list[Job]) -> None:
     """Count jobs, all of one counter in a call: a counter only adds up, and moto takes milliseconds for each call."""
     writes = defaultdict(list)
     for job in jobs:
-        update = count(TABLE, job)["Update"]
+        update = closing(TABLE, job)[-1].request["Update"]
         writes[update["Key"]["sk"]["S"]].append(update)
     for updates in writes.values():
         values = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from img2img.cli import main
+from img2img.admin.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,45 +5,44 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config
 
-from img2img.credits import Credits
-from img2img.errors import BackendUnreachable, NotFound
+from img2img.errors import BackendUnreachable
+from img2img.jobs.objects import Storage
+from img2img.jobs.outbox_index import OutboxIndex
+from img2img.jobs.queues import JobQueue, Queue
+from img2img.jobs.store import JobStore
+from img2img.money.credits import Credits
+from img2img.money.prices import PriceTable
+from img2img.money.usage import UsageStore
 from img2img.params import UNIT_OF_WORK
-from img2img.presets import PresetStore
-from img2img.prices import PriceTable
-from img2img.published import Published
-from img2img.queues import JobQueue, Queue
 from img2img.settings import Settings
-from img2img.storage import Storage
-from img2img.store import JobStore
-from img2img.teams import TeamStore
-from img2img.usage import UsageStore
+from img2img.teams.presets import PresetStore
+from img2img.teams.store import TeamStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from aws_lambda_powertools.utilities.idempotency import DynamoDBPersistenceLayer
     from mypy_boto3_dynamodb import DynamoDBClient
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_sqs import SQSClient
 
-    from img2img.backends import Backend
+    from img2img.backends import AsyncBackend, Backend
     from img2img.backends.sagemaker import SageMakerBackend
     from img2img.backends.segmind import SegmindBackend
     from img2img.fetch import Fetcher
-    from img2img.gateway_keys import GatewayKeys
+    from img2img.jobs.job import Job
     from img2img.params import Img2ImgParams
 
 # A hung AWS call must leave time to answer: API Gateway waits 29 s in all.
-_CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
+CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
 # By default boto3 presigns with SigV2 for the global host in older regions, which new buckets refuse.
-_S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
+_S3_CONFIG = CONFIG.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
 # SageMaker ends a call in real time after 60 s.
 _REALTIME_SECONDS = 65
 # What an endpoint that was scaled to zero needs for its first picture, at most as a rule.
@@ -70,7 +69,7 @@ class Services:
 
     @cached_property
     def _dynamodb(self) -> DynamoDBClient:
-        return boto3.client("dynamodb", config=_CONFIG)
+        return boto3.client("dynamodb", config=CONFIG)
 
     @cached_property
     def jobs(self) -> JobStore:
@@ -79,33 +78,33 @@ class Services:
             self._dynamodb,
             self.settings.jobs_table,
             retention_days=self.settings.retention_days,
-            clock=lambda: self.clock(),
+            clock=self.clock,
         )
 
     @cached_property
     def teams(self) -> TeamStore:
         """The teams and their API keys."""
-        return TeamStore(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
+        return TeamStore(self._dynamodb, self.settings.jobs_table, clock=self.clock)
 
     @cached_property
     def presets(self) -> PresetStore:
         """The teams' presets."""
-        return PresetStore(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
+        return PresetStore(self._dynamodb, self.settings.jobs_table, clock=self.clock)
 
     @cached_property
-    def published(self) -> Published:
+    def outbox(self) -> OutboxIndex:
         """What the outbox shows."""
-        return Published(
+        return OutboxIndex(
             self._dynamodb,
             self.settings.jobs_table,
             retention_days=self.settings.retention_days,
-            clock=lambda: self.clock(),
+            clock=self.clock,
         )
 
     @cached_property
     def credits(self) -> Credits:
         """The teams' accounts."""
-        return Credits(self._dynamodb, self.settings.jobs_table, clock=lambda: self.clock())
+        return Credits(self._dynamodb, self.settings.jobs_table, clock=self.clock)
 
     @cached_property
     def usage(self) -> UsageStore:
@@ -130,7 +129,7 @@ class Services:
 
     @cached_property
     def _sqs(self) -> SQSClient:
-        return boto3.client("sqs", config=_CONFIG)
+        return boto3.client("sqs", config=CONFIG)
 
     @cached_property
     def queue(self) -> JobQueue:
@@ -138,7 +137,7 @@ class Services:
         return JobQueue(self._sqs, self.settings.jobs_queue_url)
 
     @cached_property
-    def notices(self) -> Queue:
+    def uploads_queue(self) -> Queue:
         """The queue of S3's notices."""
         return Queue(self._sqs, self.settings.uploads_queue_url)
 
@@ -157,7 +156,7 @@ class Services:
         return Fetcher(max_bytes=self.settings.max_image_bytes)
 
     @cached_property
-    def results(self) -> Queue:
+    def answers_queue(self) -> Queue:
         """The queue of SageMaker's notices."""
         return Queue(self._sqs, self.settings.results_queue_url)
 
@@ -180,7 +179,7 @@ class Services:
                     lambda params: min(self.settings.fallback_after * max(params.work / UNIT_OF_WORK, 1), longest)
                 )
                 reserve = _COLD_START_SECONDS if asynchronous else _REALTIME_SECONDS
-                return AutoBackend(patient, self.sagemaker, reserve=reserve, clock=lambda: self.clock())
+                return AutoBackend(patient, self.sagemaker, reserve=reserve, clock=self.clock)
 
     @cached_property
     def sagemaker(self) -> SageMakerBackend:
@@ -193,21 +192,33 @@ class Services:
         )
         return SageMakerBackend(
             runtime=boto3.client("sagemaker-runtime", config=patient),
-            control=boto3.client("sagemaker", config=_CONFIG),
+            control=boto3.client("sagemaker", config=CONFIG),
             s3=self._s3,
             endpoint=self.settings.sagemaker_endpoint,
             bucket=self.settings.uploads_bucket,
             asynchronous=self.settings.sagemaker_invocation == "async",
             timeout=self.settings.sagemaker_timeout,
-            clock=lambda: self.clock(),
+            clock=self.clock,
         )
+
+    def async_backend(self, name: str) -> AsyncBackend:
+        """Return a backend that answers later, whether or not it is still asked."""
+        return _ASYNC_BACKENDS[name](self)
+
+    def asks(self, backend: str) -> bool:
+        """Whether the deployment still asks a backend; what one that was taken out of service has, it keeps."""
+        return self.settings.backend in (backend, "auto")
+
+    def understands(self, job: Job) -> bool:
+        """Whether this version knows what decides what becomes of a job; see `stored`."""
+        return job.is_understood and all(call.backend in _ASYNC_BACKENDS for call in job.pending.values())
 
     def _segmind(self, patience: Callable[[Img2ImgParams], float] = lambda _: math.inf) -> SegmindBackend:
         from aws_lambda_powertools.utilities.parameters import GetParameterError, SecretsProvider
 
         from img2img.backends.segmind import SegmindBackend
 
-        secrets = SecretsProvider(boto3_client=boto3.client("secretsmanager", config=_CONFIG))
+        secrets = SecretsProvider(boto3_client=boto3.client("secretsmanager", config=CONFIG))
 
         def key(refresh: bool) -> str:
             # Read at each call, not at import: a snapshot would keep a rotated key.
@@ -221,45 +232,10 @@ class Services:
         )
 
 
+_ASYNC_BACKENDS: Mapping[str, Callable[[Services], AsyncBackend]] = {"sagemaker": lambda use: use.sagemaker}
+
+
 @cache
 def services() -> Services:
     """Return the services of this process, made from its environment once."""
     return Services(Settings.from_env(os.environ))
-
-
-@dataclass(frozen=True)
-class Operator:
-    """What an operator of a deployed stack works with."""
-
-    stack: str
-    teams: TeamStore
-    keys: GatewayKeys
-    credits: Credits
-    usage: UsageStore
-    jobs: JobStore
-
-
-def operator(stack: str, *, clock: Callable[[], float] = time.time, **options: Any) -> Operator:
-    """Find a stack's parts by its outputs. `options` are passed to `boto3.client`: a region, say.
-
-    Raises botocore's `ClientError` when there is no such stack, and `NotFound` when it is another application's.
-    """
-    from img2img.gateway_keys import GatewayKeys
-
-    def client(service: str) -> Any:
-        return boto3.client(service, config=_CONFIG, **options)  # type: ignore[call-overload]
-
-    found = client("cloudformation").describe_stacks(StackName=stack)["Stacks"][0]
-    outputs = {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])}
-    if not {"JobsTableName", "UsagePlanId"} <= set(outputs):
-        raise NotFound(f"The stack {stack} is not one of this application")
-    dynamodb, table = client("dynamodb"), outputs["JobsTableName"]
-    return Operator(
-        stack=stack,
-        teams=TeamStore(dynamodb, table, clock=clock),
-        keys=GatewayKeys(client("apigateway"), outputs["UsagePlanId"]),
-        credits=Credits(dynamodb, table, clock=clock),
-        usage=UsageStore(dynamodb, table),
-        # It only reads jobs here: how long they are kept is the functions' business.
-        jobs=JobStore(dynamodb, table, retention_days=0, clock=clock),
-    )

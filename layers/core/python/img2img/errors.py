@@ -11,6 +11,7 @@ ServiceError                        code                    HTTP  retryable
 ├── NotFound                        not_found                404
 │   └── PresetUnknown               preset_unknown           404
 ├── AlreadyExists                   already_exists           409
+├── NotUnderstood                   not_understood           409
 ├── IdempotencyInFlight             idempotency_in_flight    409
 ├── Gone                            gone                     410
 │   └── UploadMissing               upload_missing           410
@@ -131,6 +132,10 @@ class PresetUnknown(NotFound):
 
 class AlreadyExists(ServiceError):
     code, status, title = "already_exists", 409, "Already exists"
+
+
+class NotUnderstood(ServiceError):
+    code, status, title = "not_understood", 409, "Stored by a newer version of the service"
 
 
 class IdempotencyInFlight(ServiceError):

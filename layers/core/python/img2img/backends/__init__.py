@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from img2img.params import Img2ImgParams
+from img2img.params import PARAMETERS, Img2ImgParams
+from img2img.stored import StoredEnum
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,56 @@ class GeneratedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """One sample that a backend works on by itself.
+    """One sample that `backend` works on by itself. `notes` are what it has to know to find its answer.
 
-    `output` or `failure` will be there when `endpoint` is done, as S3 URIs. `reason` as in `GeneratedImage`.
+    `reason` as in `GeneratedImage`.
     """
 
-    inference_id: str
-    endpoint: str
-    output: str
-    failure: str
-    backend: str = "sagemaker"
+    backend: str
     reason: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """What a backend says, unasked, of a call that is over.
+
+    `name` is the call's own, which ends in the number of its sample, `call` the id that the backend knows it by;
+    `output` is where its answer lies, None where it failed, of `failure_reason`.
+    """
+
+    backend: str
+    name: str
+    call: str
+    output: str | None
+    failure_reason: str = ""
+
+    @property
+    def index(self) -> int:
+        """The sample's number."""
+        return int(self.name.rpartition("/")[2])
+
+
+class Wait(StoredEnum):
+    """What a job that is being processed waits for."""
+
+    ENDPOINT_BUSY = "endpoint_busy"
+    ENDPOINT_STARTING = "endpoint_starting"
+
+    @property
+    def detail(self) -> str:
+        """What it means, for people."""
+        return _WAITS.get(self, "")
+
+
+_WAITS = {
+    Wait.ENDPOINT_BUSY: "The GPU endpoint has the job, and answers by itself",
+    Wait.ENDPOINT_STARTING: "The GPU endpoint was scaled to zero and is starting, which takes 5 to 10 minutes",
+}
+
+
+# Every one is sent, also at its default: Segmind's own default of `strength`, 1, ignores the image.
+_SENT = tuple(item.name for item in PARAMETERS.values() if item.segmind)
 
 
 def request_body(image: bytes, params: Img2ImgParams, seed: int, *, as_json: bool) -> dict[str, Any]:
@@ -48,17 +89,9 @@ def request_body(image: bytes, params: Img2ImgParams, seed: int, *, as_json: boo
     """
     return {
         "image": base64.b64encode(image).decode(),
-        "prompt": params.prompt,
-        "negative_prompt": params.negative_prompt,
+        **{name: getattr(params, name) for name in _SENT},
         "samples": 1,
-        "scheduler": params.scheduler,
-        "num_inference_steps": params.num_inference_steps,
-        "guidance_scale": params.guidance_scale,
-        # Never left out: Segmind's default of 1 ignores the image.
-        "strength": params.strength,
         "seed": seed,
-        "img_width": params.img_width,
-        "img_height": params.img_height,
         "base64": as_json,
     }
 
@@ -75,4 +108,22 @@ class Backend(Protocol):
         picture any more. Raises a `JobError`; its `retryable` says whether the same call may be made again, and
         `retry_after` when.
         """
+        ...
+
+
+class AsyncBackend(Backend, Protocol):
+    """A backend that may give back a `Pending`, which names it, and answers later."""
+
+    def answer(self, pending: Pending | None, notice: Notice | None) -> GeneratedImage | None:
+        """Return the picture of a call, None while there is none.
+
+        `pending` is the call whose sample is waited for, None when only a notice tells of one; `notice` is what came of
+        this sample, maybe of an earlier call for it. All calls for a sample ask for the same picture, so a picture
+        counts whichever call it came from, a failure only of the pending one. Raises the `JobError` of a call that
+        failed, and botocore's `ClientError` and `BotoCoreError`.
+        """
+        ...
+
+    def waits_for(self, *, answering: bool) -> Wait:
+        """Return what a pending sample waits for; `answering`: the backend has just been heard of."""
         ...

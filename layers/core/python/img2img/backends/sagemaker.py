@@ -14,13 +14,13 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
 
-from img2img.backends import GeneratedImage, Pending, request_body
+from img2img.aws import AwsError
+from img2img.backends import GeneratedImage, Notice, Pending, Wait, request_body
 from img2img.errors import (
     BackendBroken,
     BackendFailed,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mypy_boto3_sagemaker import SageMakerClient
     from mypy_boto3_sagemaker_runtime import SageMakerRuntimeClient
 
+NAME = "sagemaker"
 REQUESTS = "requests/"
 MAX_ANSWER = 30_000_000
 # SageMaker's bounds of RequestTTLSeconds.
@@ -47,25 +48,6 @@ _STATE_SECONDS = 30.0
 _BUSY_SECONDS = 10.0
 # Of the container's codes, what is not its own fault.
 _STATUSES = {"invalid_request": 400, "too_large": 413, "unsupported_media_type": 415, "busy": 503}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Notice:
-    """What SageMaker says of an asynchronous call that is over.
-
-    `name` is the call's own, which ends in the number of its sample; `output` is where its answer lies, None where it
-    failed, of `failure_reason`.
-    """
-
-    name: str
-    inference_id: str
-    output: str | None
-    failure_reason: str = ""
-
-    @property
-    def index(self) -> int:
-        """The sample's number."""
-        return int(self.name.rpartition("/")[2])
 
 
 def read_notice(body: str) -> Notice:
@@ -83,8 +65,9 @@ def read_notice(body: str) -> Notice:
     if said["invocationStatus"] == "Completed":
         output = str(said["responseParameters"]["outputLocation"])
     return Notice(
+        backend=NAME,
         name=found[1],
-        inference_id=str(said["inferenceId"]),
+        call=str(said["inferenceId"]),
         output=output,
         failure_reason=str(said.get("failureReason", "")),
     )
@@ -133,7 +116,7 @@ class SageMakerBackend:
             if self._asynchronous:
                 return self._send(body, name, inference_id, until)
             return self._ask(body, inference_id)
-        except (BotoCoreError, ClientError) as error:
+        except AwsError as error:
             raise _trouble(error) from None
 
     def _ask(self, body: bytes, inference_id: str) -> GeneratedImage:
@@ -161,24 +144,33 @@ class SageMakerBackend:
             RequestTTLSeconds=min(max(left, _SHORTEST_TTL), _LONGEST_TTL),
             InvocationTimeoutSeconds=self._timeout,
         )
-        return Pending(
-            inference_id=inference_id,
-            endpoint=self._endpoint,
-            output=answer["OutputLocation"],
-            failure=answer.get("FailureLocation", ""),
-        )
+        notes = {
+            "inference_id": inference_id,
+            "endpoint": self._endpoint,
+            "output": answer["OutputLocation"],
+            "failure": answer.get("FailureLocation", ""),
+        }
+        return Pending(backend=NAME, notes=notes)
 
-    def answer(self, pending: Pending) -> GeneratedImage | None:
+    def answer(self, pending: Pending | None, notice: Notice | None) -> GeneratedImage | None:
         """Return the picture of an asynchronous call, None while there is none.
 
         Raises the `JobError` of a call that failed, and botocore's `ClientError` and `BotoCoreError`.
         """
-        data = self._read(pending.output)
+        notes = pending.notes if pending else {}
+        output = notes.get("output", "")
+        if notice and notice.output:
+            output = notice.output
+        elif notice and pending and notice.call == notes["inference_id"]:
+            raise failure(notice.failure_reason)
+        if not output:
+            return None
+        data = self._read(output)
         if data is not None:
             return _picture(data, 0.0)
-        if pending.failure and (reason := self._read(pending.failure)) is not None:
+        if (where := notes.get("failure")) and (reason := self._read(where)) is not None:
             raise failure(reason.decode("utf-8", "replace"))
-        if pending.endpoint != self._endpoint:
+        if notes.get("endpoint") != self._endpoint:
             # With another instance type or kind of invocation it is another one, and takes over no requests.
             raise BackendUnreachable("The SageMaker endpoint that had the request was replaced")
         return None
@@ -195,13 +187,17 @@ class SageMakerBackend:
             return None
         return _whole(answer["Body"])
 
+    def waits_for(self, *, answering: bool) -> Wait:
+        """Return what a pending sample waits for: an endpoint that answers runs, and is not asked about."""
+        return Wait.ENDPOINT_STARTING if not answering and self.is_cold() else Wait.ENDPOINT_BUSY
+
     def is_cold(self) -> bool:
         """Whether no instance of the endpoint runs, so that an answer takes minutes. False when that is not known."""
         asked, cold = self._is_cold
         if self._clock() - asked >= _STATE_SECONDS:
             try:
                 found = self._control.describe_endpoint(EndpointName=self._endpoint)
-            except (BotoCoreError, ClientError):
+            except AwsError:
                 return False
             cold = not any(variant.get("CurrentInstanceCount") for variant in found.get("ProductionVariants", []))
             self._is_cold = (self._clock(), cold)
@@ -286,4 +282,4 @@ def _picture(body: bytes, seconds: float) -> GeneratedImage:
         raise BackendBroken("The SageMaker endpoint's answer holds no image") from None
     if not ((data or flagged) and math.isfinite(run_ms)):
         raise BackendBroken("The SageMaker endpoint's answer holds no image")
-    return GeneratedImage(data, run_ms / 1000, flagged=flagged, backend="sagemaker")
+    return GeneratedImage(data, run_ms / 1000, flagged=flagged, backend=NAME)

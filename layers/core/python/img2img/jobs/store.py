@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from aws_lambda_powertools import Logger
 from botocore.exceptions import ClientError
 
-from img2img.credits import WRITTEN_ONCE, refusal, reserve, settle
-from img2img.dynamo import (
-    Item,
-    cancellations,
-    error_code,
-    new_job,
-    number,
-    outputs_json,
-    pending_json,
-    receipt,
-    text,
-    through_conflicts,
-    to_job,
-)
+from img2img.aws import error_code
+from img2img.dynamo import Item, Write, number, put_once, text, through_conflicts, transact
 from img2img.errors import NotFound, UploadMissing
-from img2img.ids import first_id_at, id_before, new_id
-from img2img.jobs import NEXT, Job, Status, concluded, ended
-from img2img.listing import JobFilter
-from img2img.usage import count
+from img2img.ids import new_id
+from img2img.jobs.bookings import closing, opening
+from img2img.jobs.guards import Guard
+from img2img.jobs.items import end, expiry, job_key, outputs_json, pending_json, receipt, to_item, to_job
+from img2img.jobs.job import Job, Status, concluded, ended
+from img2img.jobs.listing import JobFilter
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -37,36 +27,10 @@ logger = Logger(child=True)
 
 # Spreads the sparse index `open` over partitions: one would bound all writes to 1,000 a second.
 OPEN_SHARDS = 4
-GUARD_TTL = 24 * 3600
-# Longer than any notice of S3's can be on its way: four days in its queue and fourteen in the dead letters.
-OBJECT_GUARD_TTL = 30 * 86_400
 
 
-@dataclass(frozen=True)
-class Guard:
-    """Ties an idempotency key, or a version of an object, to one job in the transaction that creates the job.
-
-    `ttl` is how long it holds, in seconds.
-    """
-
-    team: str
-    key: str
-    fingerprint: str
-    kind: Literal["GUARD", "OBJECT"] = "GUARD"
-    ttl: int = GUARD_TTL
-
-    @property
-    def pk(self) -> str:
-        """The guard's partition key."""
-        return f"{self.kind}#{self.team}#{self.key}"
-
-
-@dataclass(frozen=True)
-class Guarded:
-    """What an earlier request with the same guard made."""
-
-    job_id: str
-    fingerprint: str
+class _MovedOn(Exception):
+    """The job is not as the caller saw it."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +41,15 @@ class Page:
     cursor: str | None
 
 
-def _expiry(item: Item) -> float:
-    return int(item["expires_at"]["N"]) if "expires_at" in item else float("inf")
+def _readable(items: Iterable[Item]) -> Iterator[Job]:
+    for item in items:
+        try:
+            job = to_job(item)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            # Whatever wrote it, it must not hide the jobs behind it.
+            logger.error("unreadable job", key=item["sk"])
+        else:
+            yield job
 
 
 class JobStore:
@@ -90,10 +61,6 @@ class JobStore:
         self._retention = retention_days * 86_400
         self._clock = clock
 
-    @staticmethod
-    def _key(team: str, job_id: str) -> dict[str, Any]:
-        return {"pk": text(f"TEAM#{team}"), "sk": text(f"JOB#{job_id}")}
-
     def _new_item(self, job: Job) -> dict[str, Any]:
         # Only what has ended expires: an open job holds credits, which its end alone gives back.
         stage = (
@@ -101,58 +68,21 @@ class JobStore:
             if job.status.is_terminal
             else {"open_shard": text(f"OPEN#{sum(job.id.encode()) % OPEN_SHARDS}")}
         )
-        return {**self._key(job.team, job.id), **new_job(job), **stage}
+        return {**job_key(job.team, job.id), **to_item(job), **stage}
 
     def _expires_at(self, job: Job) -> dict[str, str]:
         return number((job.completed_ms or 0) // 1000 + self._retention)
 
-    def _guard(self, guard: Guard, job: Job) -> Any:
-        now = job.created_ms // 1000
-        gone_by_now = "expires_at <= :now"
-        return {
-            "Put": {
-                "TableName": self._table,
-                "Item": {
-                    "pk": text(guard.pk),
-                    "sk": text("GUARD"),
-                    "job_id": text(job.id),
-                    "fingerprint": text(guard.fingerprint),
-                    "expires_at": number(now + guard.ttl),
-                },
-                "ConditionExpression": f"{WRITTEN_ONCE} OR {gone_by_now}",
-                "ExpressionAttributeValues": {":now": number(now)},
-                "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
-            }
-        }
+    def create(self, job: Job, guard: Guard | None = None) -> None:
+        """Write a new job, its guard and what it books in one transaction.
 
-    def create(self, job: Job, guard: Guard | None = None) -> Guarded | None:
-        """Write a new job, its guard and the reservation of its price in one transaction.
-
-        A job that failed before it could run reserves nothing: it is settled for nothing and counted at once. Returns
-        None when written, or what the guard already holds; then nothing was written, nor when it raises
-        `InsufficientCredits` or `TeamDisabled`.
+        Raises `EarlierJob` when the guard was used before, `InsufficientCredits` and `TeamDisabled`; then nothing was
+        written.
         """
-        writes: list[Any] = [
-            {"Put": {"TableName": self._table, "Item": self._new_item(job), "ConditionExpression": WRITTEN_ONCE}}
-        ]
-        if job.status.is_terminal:
-            writes += [*settle(self._table, job), count(self._table, job)]
-        else:
-            writes += reserve(self._table, job)
-        if guard:
-            writes.append(self._guard(guard, job))
-        try:
-            through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
-        except ClientError as error:
-            failed = cancellations(error)
-            reasons = error.response.get("CancellationReasons", [])
-            if guard and failed[-1:] == ["ConditionalCheckFailed"]:
-                held: Item = reasons[-1]["Item"]
-                return Guarded(held["job_id"]["S"], held["fingerprint"]["S"])
-            if failed[1:2] == ["ConditionalCheckFailed"]:
-                raise refusal(job.credits.reserved, reasons[1].get("Item")) from None
-            raise
-        return None
+        # The guard comes first: a repeat finds its job however poor the team has become.
+        guarded = [guard.write(self._table, job.id, now=job.created_ms // 1000)] if guard else []
+        created = put_once(self._table, self._new_item(job))
+        transact(self._client, [*guarded, created, *opening(self._table, job)])
 
     def start(self, job: Job, *, due_at: int, deadline_at: int) -> bool:
         """Queue a job whose upload has come. Returns False when it waits for none any more."""
@@ -173,9 +103,9 @@ class JobStore:
 
     def get(self, team: str, job_id: str) -> Job:
         """Return a job as it is now. Raises `NotFound`, also for another team's job."""
-        answer = self._client.get_item(TableName=self._table, Key=self._key(team, job_id), ConsistentRead=True)
+        answer = self._client.get_item(TableName=self._table, Key=job_key(team, job_id), ConsistentRead=True)
         # TTL deletes late, up to two days: an expired item counts as gone.
-        if "Item" not in answer or _expiry(answer["Item"]) <= self._clock():
+        if "Item" not in answer or expiry(answer["Item"]) <= self._clock():
             raise NotFound(f"There is no job {job_id}")
         return to_job(answer["Item"])
 
@@ -184,10 +114,7 @@ class JobStore:
 
         Reads at most ten pages: with a rare status a page may be short and still carry a cursor.
         """
-        low = first_id_at(0 if wanted.created_after is None else wanted.created_after + 1)
-        high = id_before(first_id_at(2**48 - 1 if wanted.created_before is None else wanted.created_before))
-        if wanted.cursor:
-            high = min(high, id_before(wanted.cursor))
+        low, high = wanted.ids
         if low > high:
             return Page([], None)
         query: dict[str, Any] = {
@@ -211,7 +138,7 @@ class JobStore:
         last: str | None = None
         for _ in range(10):
             answer = self._client.query(**query)
-            jobs += [to_job(item) for item in answer["Items"]]
+            jobs += _readable(answer["Items"])
             if len(jobs) > wanted.limit:
                 return Page(jobs[: wanted.limit], jobs[wanted.limit - 1].id)
             if "LastEvaluatedKey" not in answer:
@@ -228,7 +155,7 @@ class JobStore:
             answer = through_conflicts(
                 lambda: self._client.update_item(
                     TableName=self._table,
-                    Key=self._key(team, job_id),
+                    Key=job_key(team, job_id),
                     UpdateExpression=update,
                     ConditionExpression=condition,
                     ExpressionAttributeNames={"#status": "status"},
@@ -309,7 +236,7 @@ class JobStore:
         Returns the ended job, or None when it has moved on meanwhile; then nothing was written.
         """
         after = concluded(job, at_ms=int(self._clock() * 1000))
-        if after.status not in NEXT[job.status]:
+        if not job.status.may_become(after.status):
             return None
         as_seen = "#status = :seen"
         # A queued job may have been run and queued again since.
@@ -318,46 +245,44 @@ class JobStore:
         return self._end(after, f"{as_seen} AND {unchanged}", {":seen": text(job.status), ":held": held})
 
     def _end(self, job: Job, condition: str, values: Mapping[str, Any]) -> Job | None:
-        """Write a job's end, settle its credits and count it, in one transaction. Returns None if refused."""
+        """Write a job's end and what it books in one transaction. Returns None if refused."""
         sets = {
             "status": text(job.status),
-            "completed_ms": number(job.completed_ms or 0),
+            **end(job),
             "outputs": outputs_json(job.outputs),
             "backend": text(job.backend),
             "backend_reason": text(job.backend_reason),
-            "error_code": text(job.error_code),
-            "error_detail": text(job.error_detail),
             "expires_at": self._expires_at(job),
             **receipt(job.credits),
         }
-        update: Any = {
+        update = {
             "TableName": self._table,
-            "Key": self._key(job.team, job.id),
+            "Key": job_key(job.team, job.id),
             "UpdateExpression": f"SET {', '.join(f'#{name} = :{name}' for name in sets)} "
             "REMOVE lease, due_at, open_shard, pending, waits_for",
             "ConditionExpression": condition,
             "ExpressionAttributeNames": {f"#{name}": name for name in sets},
             "ExpressionAttributeValues": {f":{name}": value for name, value in sets.items()} | dict(values),
         }
-        writes = [{"Update": update}, *settle(self._table, job), count(self._table, job)]
         try:
-            through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
-        except ClientError as failure:
-            if cancellations(failure)[:1] != ["ConditionalCheckFailed"]:
-                raise
+            transact(self._client, [Write({"Update": update}, _MovedOn()), *closing(self._table, job)])
+        except _MovedOn:
             return None
         return job
 
-    def cancel(self, team: str, job_id: str) -> Job:
-        """Cancel an unfinished job and forget its outputs; a finished one stays as it is. Raises `NotFound`."""
+    def cancel(self, team: str, job_id: str) -> tuple[bool, Job]:
+        """Cancel an unfinished job and forget its outputs; any other stays as it is. Raises `NotFound`.
+
+        Returns whether it was canceled now, and the job as it is.
+        """
         job = self.get(team, job_id)
-        while Status.CANCELED in NEXT[job.status]:
+        while job.status.may_become(Status.CANCELED):
             canceled = ended(replace(job, outputs=()), Status.CANCELED, at_ms=int(self._clock() * 1000))
             as_seen = "#status = :seen"
             if self._end(canceled, as_seen, {":seen": text(job.status)}):
-                return canceled
+                return True, canceled
             job = self.get(team, job_id)
-        return job
+        return False, job
 
     def expire(self, job: Job) -> Job | None:
         """Cancel a job whose upload did not come. Returns None when it has come meanwhile."""
@@ -368,7 +293,7 @@ class JobStore:
 
     def delete(self, team: str, job_id: str) -> None:
         """Delete a job; deleting it twice is no error."""
-        through_conflicts(lambda: self._client.delete_item(TableName=self._table, Key=self._key(team, job_id)))
+        through_conflicts(lambda: self._client.delete_item(TableName=self._table, Key=job_key(team, job_id)))
 
     def overdue(self) -> Iterator[Job]:
         """Yield the unfinished jobs whose `due_at` has passed. The index may lag behind the table."""
@@ -380,14 +305,7 @@ class JobStore:
                 ExpressionAttributeValues={":shard": text(f"OPEN#{shard}"), ":now": number(int(self._clock()))},
             )
             for page in pages:
-                for item in page["Items"]:
-                    try:
-                        job = to_job(item)
-                    except (KeyError, TypeError, ValueError):
-                        # Written by a newer version that was rolled back, say. It must not hide the jobs behind it.
-                        logger.error("unreadable job", key=item["sk"])
-                        continue
-                    yield job
+                yield from _readable(page["Items"])
 
     def postpone(self, job: Job, *, due_at: int) -> bool:
         """Set when `sweep` looks again at a job that belongs to no worker.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from img2img.credits import Account, Credits, Entry, Phase
 from img2img.errors import NotFound
 from img2img.ids import ms_of
-from img2img.prices import in_credits
-from img2img.store import JobStore
+from img2img.jobs.store import JobStore
+from img2img.money.credits import Account, Credits, Entry, Phase
+from img2img.money.prices import in_credits
 
 # A ledger that grows while it is read is read on from where it may have grown, a few milliseconds' work, until nothing
 # was written meanwhile.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from img2img.dynamo import Item, number, text
 from img2img.errors import InvalidRequest, PresetUnknown
-from img2img.listing import parse_limit
-from img2img.params import PRESET_NAME, Presets, WrongValue, checked_fields, parse_preset
+from img2img.params import PRESET_NAME
+from img2img.requests import Presets, parse_preset
+from img2img.values import WrongValue, checked_fields, parse_limit
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

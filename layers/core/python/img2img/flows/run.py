@@ -9,33 +9,25 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aws_lambda_powertools import Logger
-from botocore.exceptions import BotoCoreError, ClientError
 
-from img2img.backends import GeneratedImage, Pending
-from img2img.create import RESEND_AFTER, next_look
-from img2img.errors import (
-    BackendRateLimited,
-    DeadlineExceeded,
-    InternalError,
-    JobError,
-    NotFound,
-)
-from img2img.jobs import (
+from img2img.aws import AwsError
+from img2img.backends import GeneratedImage, Notice, Pending, Wait
+from img2img.errors import BackendRateLimited, DeadlineExceeded, InternalError, JobError
+from img2img.flows import ending
+from img2img.flows.generate import Sample, StorageTrouble, ask_for, take_answers
+from img2img.jobs.job import (
     DEADLINE_PASSED,
+    RESEND_AFTER,
     Job,
-    Status,
-    Wait,
     failed_output,
     missing,
+    next_look,
     served,
     tries,
     with_outputs,
 )
-from img2img.outbox import publish
-from img2img.samples import Sample, StorageTrouble, ask_for, take_answers
 
 if TYPE_CHECKING:
-    from img2img.backends.sagemaker import Notice
     from img2img.bootstrap import Services
 
 logger = Logger(child=True)
@@ -84,18 +76,22 @@ def _backoff(job: Job, again: Mapping[int, JobError], now: float) -> int | None:
 
 
 def run_job(services: Services, team: str, job_id: str, notice: Notice | None = None) -> Run:
-    """Run a job to its end, or to where it has to wait; `notice` is what the endpoint said of one of its samples.
+    """Run a job to its end, or to where it has to wait; `notice` is what a backend said of one of its samples.
 
     A second delivery of the same message finds the job claimed or ended and changes nothing. Raises botocore's
     `ClientError` and `BotoCoreError`, with the job released for another attempt where that was possible.
     """
     claimed, job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
     if job is None or not claimed:
-        _tidy(services, team, job_id, job)
+        ending.catch_up(services, team, job_id, job)
         return Run(held=job is not None and not job.status.is_terminal)
-    if services.settings.backend == "segmind":
-        # The endpoint was taken out of service, and its answers with it.
-        job = replace(job, pending={})
+    if not services.understands(job):
+        # Until the version that stored it is back: then the lease has run out, and `sweep` sends the job again.
+        logger.error("stored by a newer version")
+        return Run()
+    # A backend that was taken out of service took its answers with it.
+    waiting = {index: call for index, call in job.pending.items() if services.asks(call.backend)}
+    job = replace(job, pending=waiting)
     with _released_on_trouble(services, job, counts=False):
         answers = take_answers(services, job, notice)
     with _released_on_trouble(services, job, counts=True):
@@ -106,10 +102,10 @@ def run_job(services: Services, team: str, job_id: str, notice: Notice | None = 
 def _released_on_trouble(services: Services, job: Job, *, counts: bool) -> Iterator[None]:
     try:
         yield
-    except (BotoCoreError, ClientError):
+    except AwsError:
         # Otherwise the next delivery would wait for the lease to run out.
         due_at = min(int(services.clock()) + RESEND_AFTER, job.deadline_at)
-        with suppress(BotoCoreError, ClientError):
+        with suppress(*AwsError):
             services.jobs.release(job, due_at=due_at, counts=counts)
         raise
 
@@ -149,32 +145,24 @@ def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool
     """Keep what ended, wait for what is on its way or may be asked for again, or finish."""
     now = services.clock()
     job = _with_failures(job, samples)
-    again = {
-        sample.index: sample.error
-        for sample in samples
-        if sample.error
-        and sample.error.retryable
-        and (_is_limit(sample.error) or tries(job, sample.index) < MAX_ATTEMPTS)
-    }
+    again = _repeatable(job, samples)
     wait = _backoff(job, again, now)
-    done = [sample.output for sample in samples if sample.output]
     failed = [
-        failed_output(job, s.index, s.error) for s in samples if s.error and (wait is None or s.index not in again)
-    ]
-    job = _on_its_way(with_outputs(job, [*done, *failed]), samples)
-    credits_left = [
-        sample.answer.remaining_credits
+        failed_output(job, sample.index, sample.error)
         for sample in samples
-        if isinstance(sample.answer, GeneratedImage) and sample.answer.remaining_credits is not None
+        if sample.error and (wait is None or sample.index not in again)
     ]
-    left = min(credits_left, default=None)
+    delivered = [sample.output for sample in samples if sample.output]
+    job = _on_its_way(with_outputs(job, [*delivered, *failed]), samples)
+    run = Run(job, retry_after=wait, remaining_credits=_credits_left(samples))
     if not missing(job):
-        return replace(_finish(services, job), remaining_credits=left)
+        ended = ending.finish(services, job)
+        return replace(run, job=ended, retry_after=None) if ended else _moved_on(services, job, run)
     job = replace(job, waits_for=_what_for(services, job, told=told))
-    # The endpoint's notice, or the message's own return, comes first; `sweep` only steps in when that is lost.
+    # The backend's notice, or the message's own return, comes first; `sweep` only steps in when that is lost.
     due_at = next_look(job, int(now)) if wait is None else min(int(now) + wait + RESEND_AFTER, job.deadline_at)
     if not services.jobs.release(job, due_at=due_at, counts=False):
-        return replace(_discard(services, job), remaining_credits=left)
+        return _moved_on(services, job, run)
     logger.info(
         "job waits",
         codes=sorted({error.code for error in again.values()}),
@@ -182,16 +170,36 @@ def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool
         seconds=wait,
         failures=sum(job.failures.values()),
     )
-    return Run(job, retry_after=wait, remaining_credits=left)
+    return replace(run, job=job)
+
+
+def _moved_on(services: Services, job: Job, run: Run) -> Run:
+    """Leave a job that moved on while it was run."""
+    logger.info("job moved on while it was run")
+    ending.give_way(services, job)
+    return replace(run, job=None, retry_after=None)
+
+
+def _repeatable(job: Job, samples: list[Sample]) -> dict[int, JobError]:
+    """Return the errors, by sample, after which the sample may be asked for again."""
+    return {
+        sample.index: sample.error
+        for sample in samples
+        if sample.error
+        and sample.error.retryable
+        and (_is_limit(sample.error) or tries(job, sample.index) < MAX_ATTEMPTS)
+    }
+
+
+def _credits_left(samples: list[Sample]) -> float | None:
+    answers = [sample.answer for sample in samples if isinstance(sample.answer, GeneratedImage)]
+    return min((a.remaining_credits for a in answers if a.remaining_credits is not None), default=None)
 
 
 def _what_for(services: Services, job: Job, *, told: bool) -> Wait | None:
-    if not job.pending:
-        return None
-    if told:
-        # It answers, so it runs.
-        return Wait.ENDPOINT_BUSY
-    return Wait.ENDPOINT_STARTING if services.sagemaker.is_cold() else Wait.ENDPOINT_BUSY
+    """Return what the samples on their way wait for: one stands for all."""
+    call = next(iter(job.pending.values()), None)
+    return services.async_backend(call.backend).waits_for(answering=told) if call else None
 
 
 def _on_its_way(job: Job, samples: list[Sample]) -> Job:
@@ -208,36 +216,3 @@ def _on_its_way(job: Job, samples: list[Sample]) -> Job:
             job = served(job, sample.answer)
     absent = set(missing(job))
     return replace(job, pending={index: sample for index, sample in pending.items() if index in absent})
-
-
-def _finish(services: Services, job: Job) -> Run:
-    ended = services.jobs.finish(job)
-    if ended is None:
-        return _discard(services, job)
-    # If this fails, the message comes again and finds the job ended: see `_tidy`.
-    publish(services, ended)
-    return Run(ended)
-
-
-def _discard(services: Services, job: Job) -> Run:
-    """Leave a job that moved on while it was run."""
-    logger.info("job moved on while it was run")
-    now: Job | None
-    try:
-        now = services.jobs.get(job.team, job.id)
-    except NotFound:
-        now = None
-    _tidy(services, job.team, job.id, now)
-    return Run()
-
-
-def _tidy(services: Services, team: str, job_id: str, now: Job | None) -> None:
-    """Do for an ended job what a worker that crashed may have left undone: publish it or, if it was canceled or deleted
-    meanwhile, remove what was generated.
-
-    When another worker took the job over, the objects are that worker's as well and stay.
-    """
-    if now is None or now.status is Status.CANCELED:
-        services.storage.delete_outputs(team, job_id)
-    elif now.status.is_terminal:
-        publish(services, now)

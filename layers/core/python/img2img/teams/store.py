@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
-
-from img2img.credits import WRITTEN_ONCE, Account, account_of, team_key
-from img2img.dynamo import Item, cancellations, error_code, number, text, through_conflicts
+from img2img.dynamo import Item, Write, number, put_once, text, transact
 from img2img.errors import AlreadyExists, InvalidRequest, KeyDisabled, KeyUnknown, NotFound, TeamDisabled
+from img2img.money.credits import Account, account_of, team_key
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -142,8 +140,8 @@ class TeamStore:
             raise InvalidRequest.of_field("name", _LABEL_RULE)
         team = Team(id=team_id, name=name, created_ms=int(self._clock() * 1000))
         listed = {"pk": text("TEAMS"), "sk": text(f"TEAM#{team_id}")}
-        writes: list[Any] = [self._put_once(_new_team(team)), self._put_once(listed)]
-        self._write(writes, AlreadyExists(f"There is a team {team_id} already"))
+        exists = AlreadyExists(f"There is a team {team_id} already")
+        transact(self._client, [put_once(self._table, item, exists) for item in (_new_team(team), listed)])
         return team
 
     def get(self, team_id: str) -> Team:
@@ -167,7 +165,8 @@ class TeamStore:
 
     def enable(self, team_id: str, *, enabled: bool) -> None:
         """Let a team in, or keep it out. Raises `NotFound`."""
-        self._write([self._set_enabled(team_key(team_id), enabled)], NotFound(f"There is no team {team_id}"))
+        missing = NotFound(f"There is no team {team_id}")
+        transact(self._client, [self._set_enabled(team_key(team_id), enabled, missing)])
 
     def add_key(self, key_id: str, team_id: str, *, label: str) -> ApiKey:
         """Give a key of the gateway's to a team. Raises `InvalidRequest`, `NotFound` and `AlreadyExists`."""
@@ -176,8 +175,9 @@ class TeamStore:
             raise InvalidRequest.of_field("key", "must have 1 to 64 letters, digits, - and _")
         key = ApiKey(id=key_id, team=team_id, label=label, created_ms=int(self._clock() * 1000))
         self.get(team_id)
-        writes = [self._put_once({**place, **_new_key(key)}) for place in _places(key_id, team_id)]
-        self._write(writes, AlreadyExists(f"The key {key_id} has a team already"))
+        taken = AlreadyExists(f"The key {key_id} has a team already")
+        items = [{**place, **_new_key(key)} for place in _places(key_id, team_id)]
+        transact(self._client, [put_once(self._table, item, taken) for item in items])
         return key
 
     def key(self, key_id: str) -> ApiKey:
@@ -196,32 +196,24 @@ class TeamStore:
     def enable_key(self, key_id: str, *, enabled: bool) -> ApiKey:
         """Let a key in, or keep it out. Raises `KeyUnknown`."""
         key = self.key(key_id)
-        writes = [self._set_enabled(place, enabled) for place in _places(key_id, key.team)]
-        self._write(writes, KeyUnknown(f"There is no key {key_id}"))
+        missing = KeyUnknown(f"There is no key {key_id}")
+        transact(self._client, [self._set_enabled(place, enabled, missing) for place in _places(key_id, key.team)])
         return replace(key, enabled=enabled)
 
-    def _put_once(self, item: Item) -> Any:
-        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": WRITTEN_ONCE}}
-
-    def _set_enabled(self, place: Item, enabled: bool) -> Any:
+    def _set_enabled(self, place: Item, enabled: bool, missing: Exception) -> Write:
         there_is_one = "attribute_exists(pk)"
-        return {
-            "Update": {
-                "TableName": self._table,
-                "Key": place,
-                "UpdateExpression": "SET enabled = :enabled",
-                "ConditionExpression": there_is_one,
-                "ExpressionAttributeValues": {":enabled": {"BOOL": enabled}},
-            }
-        }
-
-    def _write(self, writes: list[Any], refused: Exception) -> None:
-        try:
-            through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
-        except ClientError as error:
-            if error_code(error) == "TransactionCanceledException" and "ConditionalCheckFailed" in cancellations(error):
-                raise refused from None
-            raise
+        return Write(
+            {
+                "Update": {
+                    "TableName": self._table,
+                    "Key": place,
+                    "UpdateExpression": "SET enabled = :enabled",
+                    "ConditionExpression": there_is_one,
+                    "ExpressionAttributeValues": {":enabled": {"BOOL": enabled}},
+                }
+            },
+            missing,
+        )
 
     def _query(self, pk: str, prefix: str) -> Iterator[Item]:
         pages = self._client.get_paginator("query").paginate(

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from img2img.aws import AwsError
 
 if TYPE_CHECKING:
     from mypy_boto3_apigateway import APIGatewayClient
@@ -41,6 +41,6 @@ class GatewayKeys:
             self._client.create_usage_plan_key(usagePlanId=self._usage_plan_id, keyId=key.id, keyType="API_KEY")
             yield key
         except BaseException:
-            with suppress(BotoCoreError, ClientError):
+            with suppress(*AwsError):
                 self._client.delete_api_key(apiKey=key.id)
             raise

@@ -1,4 +1,4 @@
-"""One sample of a job: asked for, or taken from where the endpoint left it, and stored."""
+"""One sample of a job: asked for, or taken from where its backend left it, and stored."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from aws_lambda_powertools import Logger
 from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
-from img2img.backends import GeneratedImage, Pending
-from img2img.backends.sagemaker import Notice, failure
+from img2img.aws import AwsError
+from img2img.backends import GeneratedImage, Notice, Pending
 from img2img.errors import BackendBroken, InternalError, JobError, OutputBlocked, UnsupportedImage
-from img2img.jobs import Job, Output, OutputStatus, missing
+from img2img.jobs.job import Job, Output, OutputStatus, missing
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
-    from img2img.storage import Storage
+    from img2img.jobs.objects import Storage
 
 logger = Logger(child=True)
 
@@ -84,7 +84,7 @@ def _take(storage: Storage, job: Job, sample: Sample, get: Callable[[int], Gener
         sample.error = BackendBroken("The backend's answer was no image")
     except JobError as error:
         sample.error = error
-    except (BotoCoreError, ClientError) as error:
+    except AwsError as error:
         logger.warning("output not stored", error=type(error).__name__, index=sample.index)
         sample.error = _not_stored(error)
 
@@ -101,34 +101,21 @@ def _take_all(
 
 
 def take_answers(services: Services, job: Job, notice: Notice | None) -> list[Sample]:
-    """Take what the endpoint has done by itself, of which a notice tells of one sample.
+    """Take what backends have done by themselves, of which a notice tells of one sample.
 
-    The others are looked for as well: the samples of a job run together, and so end together. A picture counts
-    whichever call it came from, for all calls for a sample ask for the same one; a failure only of the call that the
-    job waits for.
+    The others are looked for as well: the samples of a job run together, and so end together.
     """
-    waiting, failed = dict(job.pending), []
-    if notice and notice.output and notice.index in missing(job):
-        call = waiting.get(notice.index) or Pending(
-            inference_id=notice.inference_id, endpoint="", output="", failure=""
-        )
-        waiting[notice.index] = replace(call, output=notice.output)
-    elif notice and not notice.output and _is_of(notice, waiting.get(notice.index)):
-        del waiting[notice.index]
-        failed = [Sample(index=notice.index, error=failure(notice.failure_reason))]
-    if not waiting:
-        return failed
-    endpoint = services.sagemaker
+    told = {notice.index: notice} if notice and notice.index in missing(job) else {}
+    # Made before there are threads, as below.
+    calls: dict[int, Notice | Pending] = {**told, **job.pending}
+    backends = {index: services.async_backend(call.backend) for index, call in calls.items()}
 
     def answer(index: int) -> GeneratedImage | None:
-        found = endpoint.answer(waiting[index])
-        return replace(found, reason=waiting[index].reason) if found else None
+        pending = job.pending.get(index)
+        found = backends[index].answer(pending, told.get(index))
+        return replace(found, reason=pending.reason) if found and pending else found
 
-    return failed + _take_all(services, job, [Sample(index=index) for index in waiting], answer)
-
-
-def _is_of(notice: Notice, call: Pending | None) -> bool:
-    return call is not None and call.inference_id == notice.inference_id
+    return _take_all(services, job, [Sample(index=index) for index in backends], answer)
 
 
 def ask_for(services: Services, job: Job, indexes: list[int]) -> list[Sample]:

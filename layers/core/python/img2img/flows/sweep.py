@@ -6,13 +6,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from aws_lambda_powertools import Logger
-from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import observe
-from img2img.create import next_look
+from img2img.aws import AwsError
 from img2img.errors import DeadlineExceeded
-from img2img.jobs import DEADLINE_PASSED, Job, Status, given_up
-from img2img.outbox import publish
+from img2img.flows import ending
+from img2img.jobs.job import DEADLINE_PASSED, Job, Status, given_up, next_look
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -23,26 +22,19 @@ logger = Logger(child=True)
 def _look_after(services: Services, job: Job) -> str | None:
     """Return what was done: how the job ended, `resent`, or None when it had moved on."""
     now = int(services.clock())
+    if not services.understands(job):
+        logger.error("stored by a newer version", correlation_id=job.correlation_id, job_id=job.id, team=job.team)
+        return None
     if job.status is Status.AWAITING_UPLOAD:
-        expired = services.jobs.expire(job)
-        if expired is None:
-            return None
-        observe.job_ended(logger, expired)
-        return expired.status
+        return _status_of(ending.expire(services, job))
     # An attempt may have stored pictures before it crashed, and the endpoint may have answered unheard: a worker finds
     # them, and ends the job with them.
     grace = services.settings.lease_seconds if job.attempts or job.pending else 0
     if now >= job.deadline_at + grace:
-        past = given_up(job, DeadlineExceeded(DEADLINE_PASSED))
         if job.source:
             # If this sweep dies before it has published, a worker does.
             services.queue.send(job)
-        ended = services.jobs.finish(past)
-        if ended is None:
-            return None
-        publish(services, ended)
-        observe.job_ended(logger, ended)
-        return ended.status
+        return _status_of(ending.finish(services, given_up(job, DeadlineExceeded(DEADLINE_PASSED))))
     # First sent, then postponed: a message too many does no harm, a lost one would.
     services.queue.send(job)
     # A claimed job stays as it is: its lease has run out, and the worker that gets the message claims it.
@@ -50,6 +42,10 @@ def _look_after(services: Services, job: Job) -> str | None:
         services.jobs.postpone(job, due_at=next_look(job, now))
     logger.info("job resent", correlation_id=job.correlation_id, job_id=job.id, team=job.team)
     return "resent"
+
+
+def _status_of(ended: Job | None) -> str | None:
+    return ended.status if ended else None
 
 
 def sweep(services: Services) -> Counter[str]:
@@ -63,9 +59,9 @@ def sweep(services: Services) -> Counter[str]:
     for job in services.jobs.overdue():
         try:
             outcome = _look_after(services, job)
-        except (BotoCoreError, ClientError) as error:
+        except AwsError as error:
             # One job's trouble keeps no other waiting; the next sweep finds it again.
-            observe.log_unexpected(logger, error)
+            observe.log_unexpected(error)
             outcome = "skipped"
         if outcome:
             done[outcome] += 1

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from img2img import images
+from img2img.aws import error_code
 from img2img.errors import NotFound, UnsupportedImage
-from img2img.jobs import Job, Output, OutputStatus, Source
+from img2img.jobs.job import Job, Output, OutputStatus, Source
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -96,7 +97,7 @@ class Storage:
         try:
             answer = self._client.get_object(Bucket=self._uploads, Key=self._upload_key(team, upload_id))
         except ClientError as error:
-            if error.response["Error"].get("Code") not in ("NoSuchKey", "404"):
+            if error_code(error) not in ("NoSuchKey", "404"):
                 raise
             raise NotFound.of_field("image", f"there is no upload {upload_id}; it may not have been sent yet") from None
         with closing(answer["Body"]) as body:
@@ -112,7 +113,7 @@ class Storage:
         try:
             answer = self._client.get_object(Bucket=self._uploads, Key=key, **which)
         except ClientError as error:
-            if error.response["Error"].get("Code") in _UNREADABLE:
+            if error_code(error) in _UNREADABLE:
                 raise UnsupportedImage("The file is archived, or encrypted with a key of its sender's") from None
             if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 412):
                 raise

@@ -13,10 +13,9 @@ from dataclasses import astuple, dataclass, fields
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
-from img2img.dynamo import Item, number, text
+from img2img.dynamo import Item, Write, integer_in, number, text
 from img2img.errors import InvalidRequest
-from img2img.jobs import Job, OutputStatus, Status
-from img2img.params import WrongValue, checked_fields
+from img2img.values import WrongValue, checked_fields
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -82,25 +81,19 @@ def parse_usage_query(query: Mapping[str, str], *, now: float, groups: tuple[str
     return UsageQuery(since, until, values.get("group_by", groups))
 
 
-def count(table: str, job: Job) -> Any:
-    """Return the write that counts an ended job."""
-    day = datetime.fromtimestamp((job.completed_ms or 0) / 1000, UTC).date()
-    counts = Counts(
-        jobs=1,
-        succeeded=int(job.status is Status.SUCCEEDED),
-        failed=int(job.status is Status.FAILED),
-        canceled=int(job.status is Status.CANCELED),
-        images=sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs),
-        charged=job.credits.charged,
-    )
-    return {
-        "Update": {
-            "TableName": table,
-            "Key": {"pk": text(f"TEAM#{job.team}"), "sk": text(f"USAGE#{day}#{job.key_id}#{job.backend}")},
-            "UpdateExpression": "ADD " + ", ".join(f"{name} :{name}" for name in COUNTED),
-            "ExpressionAttributeValues": {f":{name}": number(getattr(counts, name)) for name in COUNTED},
+def count(table: str, team: str, *, key_id: str, backend: str, at_ms: int, counts: Counts) -> Write:
+    """Return the write that counts what ended at `at_ms`."""
+    day = datetime.fromtimestamp(at_ms / 1000, UTC).date()
+    return Write(
+        {
+            "Update": {
+                "TableName": table,
+                "Key": {"pk": text(f"TEAM#{team}"), "sk": text(f"USAGE#{day}#{key_id}#{backend}")},
+                "UpdateExpression": "ADD " + ", ".join(f"{name} :{name}" for name in COUNTED),
+                "ExpressionAttributeValues": {f":{name}": number(getattr(counts, name)) for name in COUNTED},
+            }
         }
-    }
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,8 @@ class Row:
 
 def _to_row(item: Item) -> Row:
     _, day, key, backend = item["sk"]["S"].split("#")
-    counts = Counts(**{name: int(item[name]["N"]) for name in COUNTED})
+    # A counter may be older than one of its columns.
+    counts = Counts(**{name: integer_in(item, name) for name in COUNTED})
     return Row(item["pk"]["S"].removeprefix("TEAM#"), day, key, backend, counts)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from img2img.ids import ULID
-from img2img.jobs import Status
-from img2img.params import WrongValue, checked_fields
-
-MAX_LIMIT = 100
+from img2img.ids import ULID, first_id_at, id_before
+from img2img.jobs.job import Status
+from img2img.values import WrongValue, checked_fields, parse_limit
 
 
 @dataclass(frozen=True)
@@ -24,12 +21,12 @@ class JobFilter:
     created_after: int | None = None
     created_before: int | None = None
 
-
-def parse_limit(text: str) -> int:
-    """Return how many items of a list are wanted. Raises `WrongValue`."""
-    if re.fullmatch("[0-9]{1,3}", text) and 1 <= int(text) <= MAX_LIMIT:
-        return int(text)
-    raise WrongValue(f"must be an integer from 1 to {MAX_LIMIT}")
+    @property
+    def ids(self) -> tuple[str, str]:
+        """The smallest and the largest id that is wanted; none is where the first is larger."""
+        low = first_id_at(0 if self.created_after is None else self.created_after + 1)
+        high = id_before(first_id_at(2**48 - 1 if self.created_before is None else self.created_before))
+        return low, min(high, id_before(self.cursor)) if self.cursor else high
 
 
 def _cursor(text: str) -> str:
@@ -44,7 +41,7 @@ def _status(text: str) -> Status:
     raise WrongValue(f"must be one of {', '.join(Status)}")
 
 
-def _time(text: str) -> int:
+def _moment(text: str) -> int:
     try:
         moment = datetime.fromisoformat(text)
         if moment.tzinfo:
@@ -58,8 +55,8 @@ _PARSERS = {
     "limit": parse_limit,
     "cursor": _cursor,
     "status": _status,
-    "created_after": _time,
-    "created_before": _time,
+    "created_after": _moment,
+    "created_before": _moment,
 }
 
 

@@ -10,18 +10,15 @@ twice. All amounts are thousandths of a credit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
-
-from img2img.dynamo import Item, cancellations, number, text, through_conflicts
+from img2img.dynamo import Item, Refusal, Write, integer_in, number, put_once, string_in, text, transact
 from img2img.errors import AlreadyExists, InsufficientCredits, InvalidRequest, NotFound, ServiceError, TeamDisabled
 from img2img.ids import first_id_at, new_id
-from img2img.jobs import Job
-from img2img.prices import in_credits
+from img2img.money.prices import in_credits
+from img2img.stored import StoredEnum
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -31,10 +28,9 @@ MAX_NOTE = 200
 # DynamoDB numbers hold far more; beyond it a typing error is likelier than a purchase.
 MAX_AMOUNT = 10**12
 _AMOUNTS = ("added", "reserved", "charged", "released")
-WRITTEN_ONCE = "attribute_not_exists(pk)"
 
 
-class Phase(StrEnum):
+class Phase(StoredEnum):
     """Why a ledger entry was written."""
 
     TOP_UP = "top_up"
@@ -74,13 +70,21 @@ def team_key(team: str) -> dict[str, Any]:
 
 def account_of(item: Item) -> Account:
     """Read the account from a team's item."""
-    return Account(**{field.name: int(item[field.name]["N"]) for field in fields(Account)})
+    return Account(**{field.name: integer_in(item, field.name) for field in fields(Account)})
 
 
-def _book(table: str, team: str, entry: Entry, *, conditions: dict[str, Any] | None = None) -> list[Any]:
+def _book(
+    table: str,
+    team: str,
+    entry: Entry,
+    *,
+    condition: str,
+    values: Mapping[str, Any],
+    refusal: Refusal | None = None,
+) -> list[Write]:
     """Return the two writes that change an account: the team's item, and the ledger's entry of it.
 
-    `conditions` are further parameters of the update: a condition, and the values that it names.
+    `condition`, which names `values`, is what the team's item has to fulfil, `refusal` what it means when it does not.
     """
     changes = {
         "balance": entry.added - entry.reserved + entry.released,
@@ -89,15 +93,12 @@ def _book(table: str, team: str, entry: Entry, *, conditions: dict[str, Any] | N
         "added": entry.added,
         "entries": 1,
     }
-    given = dict(conditions or {})
-    there_is_a_team = "attribute_exists(pk)"
     account = {
         "TableName": table,
         "Key": team_key(team),
         "UpdateExpression": "ADD " + ", ".join(f"{name} :{name}" for name in changes),
-        "ConditionExpression": given.pop("condition", there_is_a_team),
-        "ExpressionAttributeValues": {f":{name}": number(change) for name, change in changes.items()} | given,
-        "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        "ConditionExpression": condition,
+        "ExpressionAttributeValues": {f":{name}": number(change) for name, change in changes.items()} | dict(values),
     }
     amounts = {name: getattr(entry, name) for name in _AMOUNTS}
     item = {
@@ -107,41 +108,46 @@ def _book(table: str, team: str, entry: Entry, *, conditions: dict[str, Any] | N
         **{name: number(amount) for name, amount in amounts.items() if amount},
         **({"note": text(entry.note)} if entry.note else {}),
     }
-    return [{"Update": account}, {"Put": {"TableName": table, "Item": item, "ConditionExpression": WRITTEN_ONCE}}]
+    return [Write({"Update": account}, refusal), put_once(table, item)]
 
 
-def reserve(table: str, job: Job) -> list[Any]:
-    """Return the writes that reserve a new job's price. The first one fails if the team is disabled or too poor."""
-    entry = Entry(about=job.id, phase=Phase.RESERVE, at_ms=job.created_ms, reserved=job.credits.reserved)
+def reserve(table: str, team: str, job_id: str, *, price: int, at_ms: int) -> list[Write]:
+    """Return the writes that reserve a new job's price.
+
+    They are refused with `TeamDisabled`, or with `InsufficientCredits` where the team is too poor.
+    """
     in_service = "enabled = :true"
     can_pay = "balance >= :price"
-    conditions = {
-        "condition": f"{in_service} AND {can_pay}",
-        ":true": {"BOOL": True},
-        ":price": number(job.credits.reserved),
-    }
-    return _book(table, job.team, entry, conditions=conditions)
-
-
-def settle(table: str, job: Job) -> list[Any]:
-    """Return the writes that charge an ended job for what it delivered and release the rest."""
-    entry = Entry(
-        about=job.id,
-        phase=Phase.SETTLE,
-        at_ms=job.completed_ms or 0,
-        charged=job.credits.charged,
-        released=job.credits.released,
+    return _book(
+        table,
+        team,
+        Entry(about=job_id, phase=Phase.RESERVE, at_ms=at_ms, reserved=price),
+        condition=f"{in_service} AND {can_pay}",
+        values={":true": {"BOOL": True}, ":price": number(price)},
+        refusal=lambda held: _cannot_reserve(price, held),
     )
-    return _book(table, job.team, entry)
 
 
-def refusal(price: int, held: Item | None) -> ServiceError:
-    """Return why a team, as its item stood, could not reserve a price."""
+def settle(table: str, team: str, job_id: str, *, charged: int, released: int, at_ms: int) -> list[Write]:
+    """Return the writes that charge what a job delivered and give back the rest of what was reserved."""
+    entry = Entry(about=job_id, phase=Phase.SETTLE, at_ms=at_ms, charged=charged, released=released)
+    there_is_a_team = "attribute_exists(pk)"
+    return _book(table, team, entry, condition=there_is_a_team, values={})
+
+
+def _cannot_reserve(price: int, held: Item | None) -> ServiceError:
     if not held or not held["enabled"]["BOOL"]:
         return TeamDisabled("The team is disabled")
-    balance = int(held["balance"]["N"])
+    balance = integer_in(held, "balance")
     detail = f"This costs {in_credits(price)} credits, the team's balance is {in_credits(balance)}"
     return InsufficientCredits(detail, price=price, balance=balance)
+
+
+def _cannot_take_back(team: str, amount: int, held: Item | None) -> ServiceError:
+    if not held:
+        return NotFound(f"There is no team {team}")
+    left = integer_in(held, "balance")
+    return InsufficientCredits(f"Only {in_credits(left)} credits are left to take back", price=amount, balance=left)
 
 
 class Credits:
@@ -173,25 +179,22 @@ class Credits:
             raise InvalidRequest.of_field("note", f"must have at most {MAX_NOTE} characters")
         now_ms = int(self._clock() * 1000)
         entry = Entry(about=new_id(now_ms), phase=Phase.TOP_UP, at_ms=now_ms, added=amount, note=note or reference)
-        enough_is_left = {"condition": "balance >= :taken", ":taken": number(-amount)}
-        writes = _book(self._table, team, entry, conditions=enough_is_left if amount < 0 else None)
-        if reference:
-            once = {"pk": text(f"TEAM#{team}"), "sk": text(f"REFERENCE#{reference}"), "at_ms": number(now_ms)}
-            writes.append({"Put": {"TableName": self._table, "Item": once, "ConditionExpression": WRITTEN_ONCE}})
-        try:
-            through_conflicts(lambda: self._client.transact_write_items(TransactItems=writes))
-        except ClientError as error:
-            failed = cancellations(error)
-            if failed[2:] == ["ConditionalCheckFailed"]:
-                raise AlreadyExists(f"Reference {reference} was booked before; nothing was added") from None
-            if failed[:1] != ["ConditionalCheckFailed"]:
-                raise
-            held: Item | None = error.response["CancellationReasons"][0].get("Item")
-            if not held:
-                raise NotFound(f"There is no team {team}") from None
-            left = int(held["balance"]["N"])
-            detail = f"Only {in_credits(left)} credits are left to take back"
-            raise InsufficientCredits(detail, price=-amount, balance=left) from None
+        there_is_a_team, enough_is_left = "attribute_exists(pk)", "balance >= :taken"
+        book = _book(
+            self._table,
+            team,
+            entry,
+            condition=enough_is_left if amount < 0 else there_is_a_team,
+            values={":taken": number(-amount)} if amount < 0 else {},
+            refusal=lambda held: _cannot_take_back(team, -amount, held),
+        )
+        if not reference:
+            transact(self._client, book)
+            return
+        was_booked = AlreadyExists(f"Reference {reference} was booked before; nothing was added")
+        once = {"pk": text(f"TEAM#{team}"), "sk": text(f"REFERENCE#{reference}"), "at_ms": number(now_ms)}
+        # First: a repeat is told so, whatever is left by now.
+        transact(self._client, [put_once(self._table, once, was_booked), *book])
 
     def ledger(self, team: str, *, since_ms: int = 0, about: str = "") -> Iterator[Entry]:
         """Yield a team's entries, by the age of what they are about: since then, or about one job or top-up."""
@@ -208,6 +211,10 @@ class Credits:
         for page in pages:
             for item in page["Items"]:
                 _, its_about, phase = item["sk"]["S"].split("#")
-                amounts = {name: int(item[name]["N"]) for name in _AMOUNTS if name in item}
-                note = str(item["note"]["S"]) if "note" in item else ""
-                yield Entry(about=its_about, phase=Phase(phase), at_ms=int(item["at_ms"]["N"]), note=note, **amounts)
+                yield Entry(
+                    about=its_about,
+                    phase=Phase(phase),
+                    at_ms=integer_in(item, "at_ms"),
+                    note=string_in(item, "note"),
+                    **{name: integer_in(item, name) for name in _AMOUNTS},
+                )

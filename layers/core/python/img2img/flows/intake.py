@@ -8,28 +8,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aws_lambda_powertools import Logger
-from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
-from img2img.errors import Gone, IdempotencyInFlight, IdempotencyKeyReused, NotFound, ServiceError
+from img2img.aws import AwsError
+from img2img.errors import (
+    Gone,
+    IdempotencyInFlight,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    NotFound,
+    ServiceError,
+)
 from img2img.ids import new_id
-from img2img.jobs import Job, Source, Status
-from img2img.store import GUARD_TTL, Guard
+from img2img.jobs.guards import GUARD_TTL, EarlierJob, Guard
+from img2img.jobs.job import RESEND_AFTER, Job, Source, Status
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
-    from img2img.params import Img2ImgRequest
+    from img2img.requests import Img2ImgRequest
 
 logger = Logger(child=True)
 
-# A message is on its way within milliseconds; later than this, `sweep` sends another.
-RESEND_AFTER = 60
-
-
-def next_look(job: Job, now: int) -> int:
-    """Return when to look at a waiting job again: ever later, so that a long queue is not filled with repeats."""
-    age = now - job.created_ms // 1000
-    return min(now + max(RESEND_AFTER, age), max(job.deadline_at, now + 1))
+MAX_IDEMPOTENCY_KEY = 255
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ class Submission:
 
     job: Job
     replayed: bool
+
+
+def guard_of(caller: Caller, key: str | None, fingerprint: str) -> Guard | None:
+    """Return what ties an `Idempotency-Key` to its job. Raises `InvalidRequest`."""
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY or not key.isprintable():
+        raise InvalidRequest.of_field("Idempotency-Key", f"must have 1 to {MAX_IDEMPOTENCY_KEY} printable characters")
+    return Guard(caller.team, key, fingerprint)
 
 
 def new_job(
@@ -86,7 +95,7 @@ def new_job(
     )
 
 
-def prepare(services: Services, job: Job, image: bytes) -> bytes:
+def input_of(services: Services, job: Job, image: bytes) -> bytes:
     """Return the picture that the job sends to its backend. Raises `UnsupportedImage` and `TooLarge`."""
     return images.prepare(
         image,
@@ -105,28 +114,27 @@ def create(services: Services, job: Job, png: bytes | None, guard: Guard | None)
     if png:
         services.storage.put_input(job.team, job.id, png)
     try:
-        guarded = services.jobs.create(job, guard)
+        services.jobs.create(job, guard)
+    except EarlierJob as earlier:
+        # An earlier request crashed between this transaction and the idempotency record's completion.
+        if png:
+            services.storage.delete_input(job.team, job.id)
+        if guard and guard.fingerprint != earlier.fingerprint:
+            raise _reused() from None
+        return _replay(services, job.team, earlier.job_id)
     except ServiceError:
-        with suppress(BotoCoreError, ClientError):
+        with suppress(*AwsError):
             services.storage.delete_input(job.team, job.id)
         raise
-    except (BotoCoreError, ClientError):
+    except AwsError:
         # The answer may be lost and the job be there, to be run and charged: then it is as good as answered.
         if not _is_there(services, job):
             raise
-        guarded = None
-    if not guarded:
-        return Submission(job, replayed=False)
-    # An earlier request crashed between this transaction and the idempotency record's completion.
-    if png:
-        services.storage.delete_input(job.team, job.id)
-    if guard and guarded.fingerprint != guard.fingerprint:
-        raise IdempotencyKeyReused("The Idempotency-Key was used with another payload")
-    return Submission(_earlier_job(services, job.team, guarded.job_id), replayed=True)
+    return Submission(job, replayed=False)
 
 
 def _is_there(services: Services, job: Job) -> bool:
-    with suppress(NotFound, BotoCoreError, ClientError):
+    with suppress(NotFound, *AwsError):
         services.jobs.get(job.team, job.id)
         return True
     return False
@@ -136,7 +144,7 @@ def send(services: Services, job: Job) -> None:
     """Ask a worker to run a job that exists. It would be run anyway, so a queue that takes nothing is no error."""
     try:
         services.queue.send(job)
-    except (BotoCoreError, ClientError) as error:
+    except AwsError as error:
         logger.warning("job not sent, sweep will send it", error=type(error).__name__, job_id=job.id)
 
 
@@ -151,8 +159,8 @@ def once(services: Services, guard: Guard, context: Any, make: Callable[[], Subm
         IdempotencyAlreadyInProgressError,
         IdempotencyValidationError,
     )
+    from aws_lambda_powertools.utilities.idempotency.serialization.custom_dict import CustomDictSerializer
 
-    made: list[Submission] = []
     config = IdempotencyConfig(
         event_key_jmespath="[team, key]",
         payload_validation_jmespath="fingerprint",
@@ -162,26 +170,37 @@ def once(services: Services, guard: Guard, context: Any, make: Callable[[], Subm
         # Without it a run that timed out would block its key for a day.
         lambda_context=context,
     )
+    names_its_job = CustomDictSerializer(
+        to_dict=lambda made: {"job_id": made.job.id},
+        from_dict=lambda stored: _replay(services, guard.team, stored["job_id"]),
+    )
 
     @idempotent_function(  # type: ignore[untyped-decorator]
-        data_keyword_argument="claim", persistence_store=services.idempotency, config=config, key_prefix=prefix
+        data_keyword_argument="claim",
+        persistence_store=services.idempotency,
+        config=config,
+        output_serializer=names_its_job,
+        key_prefix=prefix,
     )
-    def make_once(*, claim: dict[str, str]) -> dict[str, str]:  # noqa: ARG001 (Powertools reads it)
-        submission = make()
-        made.append(submission)
-        return {"job_id": submission.job.id}
+    def make_once(*, claim: dict[str, str]) -> Submission:  # noqa: ARG001 (Powertools reads it)
+        return make()
 
     try:
-        record = make_once(claim={"team": guard.team, "key": guard.key, "fingerprint": guard.fingerprint})
+        made: Submission = make_once(claim={"team": guard.team, "key": guard.key, "fingerprint": guard.fingerprint})
     except IdempotencyAlreadyInProgressError:
         raise IdempotencyInFlight("Another request with this Idempotency-Key is in flight", retry_after=1) from None
     except IdempotencyValidationError:
-        raise IdempotencyKeyReused("The Idempotency-Key was used with another payload") from None
-    return made[0] if made else Submission(_earlier_job(services, guard.team, record["job_id"]), replayed=True)
+        raise _reused() from None
+    return made
 
 
-def _earlier_job(services: Services, team: str, job_id: str) -> Job:
+def _reused() -> IdempotencyKeyReused:
+    return IdempotencyKeyReused("The Idempotency-Key was used with another payload")
+
+
+def _replay(services: Services, team: str, job_id: str) -> Submission:
+    """Return the job that an earlier request made, as it stands now. Raises `Gone`."""
     try:
-        return services.jobs.get(team, job_id)
+        return Submission(services.jobs.get(team, job_id), replayed=True)
     except NotFound:
         raise Gone("The job that this Idempotency-Key created was deleted") from None

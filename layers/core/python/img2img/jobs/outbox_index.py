@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
-from img2img.dynamo import error_code, number, text
-from img2img.jobs import Source
+from img2img.aws import error_code
+from img2img.dynamo import number, text
+from img2img.jobs.job import Source
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -26,7 +27,7 @@ class Shown:
     keys: frozenset[str]
 
 
-class Published:
+class OutboxIndex:
     """One item for each file that the outbox shows results of. `clock` returns epoch seconds."""
 
     def __init__(self, client: DynamoDBClient, table: str, *, retention_days: int, clock: Callable[[], float]) -> None:

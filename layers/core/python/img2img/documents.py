@@ -8,27 +8,25 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from img2img.credits import Account
-from img2img.jobs import Job, Output, OutputStatus, Wait
+from img2img.errors import ServiceError
+from img2img.jobs.job import Job, Output, OutputStatus
+from img2img.jobs.store import Page
+from img2img.money.credits import Account
+from img2img.money.prices import Receipt
+from img2img.money.usage import Row, UsageQuery, as_records, total
 from img2img.params import Img2ImgParams
-from img2img.presets import Preset
-from img2img.prices import Receipt
-from img2img.store import Page
-from img2img.usage import Row, UsageQuery, as_records, total
+from img2img.teams.presets import Preset, PresetPage
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
+    from img2img.images import ImageInfo
 
 
 UNIT = "1/1000 credit"
 MAX_PAGE_BYTES = 4_000_000
-_WAITS = {
-    Wait.ENDPOINT_BUSY: "The GPU endpoint has the job, and answers by itself",
-    Wait.ENDPOINT_STARTING: "The GPU endpoint was scaled to zero and is starting, which takes 5 to 10 minutes",
-}
 
 
-def _time(ms: float | None) -> str | None:
+def _iso(ms: float | None) -> str | None:
     if ms is None:
         return None
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -53,9 +51,9 @@ def pipeline_document(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "status": job.status,
-        "created_at": _time(job.created_ms),
-        "started_at": _time(job.started_ms),
-        "completed_at": _time(job.completed_ms),
+        "created_at": _iso(job.created_ms),
+        "started_at": _iso(job.started_ms),
+        "completed_at": _iso(job.completed_ms),
         "input": job.params.as_dict(),
         "backend": job.backend,
         "backend_reason": job.backend_reason or None,
@@ -79,12 +77,24 @@ def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
     """
     url = job_url(base_url, job.id)
     document = pipeline_document(job)
-    expires = _time((services.clock() + services.settings.result_url_ttl) * 1000)
-    for output, shown in zip(job.outputs, document["outputs"], strict=False):
-        if output.status is OutputStatus.SUCCEEDED:
+    expires = _iso((services.clock() + services.settings.result_url_ttl) * 1000)
+    for shown in document["outputs"]:
+        output = job.output(shown["index"])
+        if output and output.status is OutputStatus.SUCCEEDED:
             shown |= {"url": services.storage.output_url(output), "url_expires_at": expires}
-    document["status_detail"] = {"code": job.waits_for, "detail": _WAITS[job.waits_for]} if job.waits_for else None
+    document["status_detail"] = {"code": job.waits_for, "detail": job.waits_for.detail} if job.waits_for else None
     return document | {"urls": {"get": url, "cancel": f"{url}/cancel"}}
+
+
+def upload_document(upload_id: str, image: ImageInfo, size: int) -> dict[str, Any]:
+    """Return an upload of so many bytes that came in a request body."""
+    return {
+        "id": upload_id,
+        "content_type": image.content_type,
+        "width": image.width,
+        "height": image.height,
+        "bytes": size,
+    }
 
 
 def page_document(services: Services, page: Page, base_url: str) -> dict[str, Any]:
@@ -99,6 +109,20 @@ def page_document(services: Services, page: Page, base_url: str) -> dict[str, An
             return {"jobs": shown, "cursor": shown[-1]["id"]}
         shown.append(document)
     return {"jobs": shown, "cursor": page.cursor}
+
+
+def problem_document(error: ServiceError, **members: Any) -> dict[str, Any]:
+    """Return an error as a problem (RFC 9457), with `members` of its own."""
+    return {
+        "type": "about:blank",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "code": error.code,
+        "errors": [{"field": item.field, "detail": item.detail} for item in error.errors],
+        **error.members,
+        **members,
+    }
 
 
 def account_document(team: str, account: Account) -> dict[str, Any]:
@@ -132,7 +156,12 @@ def usage_document(query: UsageQuery, rows: Sequence[Row], labels: Mapping[str, 
 
 def preset_document(preset: Preset) -> dict[str, Any]:
     """Return a preset."""
-    return {"name": preset.name, "updated_at": _time(preset.updated_ms), "fields": dict(preset.fields)}
+    return {"name": preset.name, "updated_at": _iso(preset.updated_ms), "fields": dict(preset.fields)}
+
+
+def presets_document(page: PresetPage) -> dict[str, Any]:
+    """Return one page of presets."""
+    return {"presets": [preset_document(preset) for preset in page.presets], "cursor": page.cursor}
 
 
 def job_url(base_url: str, job_id: str) -> str:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from img2img import present
+from img2img.documents import pipeline_document
 from img2img.errors import NotFound
-from img2img.inbox import InboxFile, place_of
-from img2img.jobs import Job, OutputStatus, Status
-from img2img.published import Shown
+from img2img.jobs.inbox import InboxFile, place_of
+from img2img.jobs.job import Job, OutputStatus, Status
+from img2img.jobs.outbox_index import Shown
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -46,19 +46,19 @@ def publish(services: Services, job: Job) -> None:
     pictures = {f"{prefix}-{output.index}.{output.key.rpartition('.')[2]}": output for output in delivered}
     document = f"{prefix}.error.json" if job.status is Status.FAILED else f"{prefix}.json"
     keys = {*pictures, document}
-    stale = services.published.replace(job.source, job.id, keys)
+    stale = services.outbox.replace(job.source, job.id, keys)
     if stale is None:
         return
     for key, output in pictures.items():
         metadata = {"job-id": job.id, "seed": str(output.seed), "index": str(output.index)}
         services.storage.copy_output(output, key, metadata)
     # After the pictures: whoever sees it finds them.
-    services.storage.put_document(document, present.pipeline_document(job))
+    services.storage.put_document(document, pipeline_document(job))
     for key in sorted(stale):
         services.storage.delete_document(key)
     if stale:
-        services.published.forget(job.source, stale)
-    shown = services.published.shown(job.source)
+        services.outbox.forget(job.source, stale)
+    shown = services.outbox.shown(job.source)
     if shown.job_id != job.id:
         _give_way(services, job, shown, keys)
 

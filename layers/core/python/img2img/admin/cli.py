@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError
 
-from img2img.audit import Audit, audit
-from img2img.bootstrap import Operator, operator
-from img2img.credits import Account
+from img2img.admin.audit import Audit, audit
+from img2img.admin.stack import Operator, operator
+from img2img.aws import AwsError
+from img2img.documents import usage_document
 from img2img.errors import ServiceError
-from img2img.present import usage_document
-from img2img.prices import from_credits, in_credits
-from img2img.teams import CACHE_SECONDS, ApiKey, check_label
-from img2img.usage import COUNTED, OPERATOR_GROUPS, Row, as_csv, as_records, grouped, parse_usage_query, total
+from img2img.money.credits import Account
+from img2img.money.prices import from_credits, in_credits
+from img2img.money.usage import COUNTED, OPERATOR_GROUPS, Row, as_csv, as_records, grouped, parse_usage_query, total
+from img2img.teams.store import CACHE_SECONDS, ApiKey, check_label
 
 Options = argparse.Namespace
 Action = Callable[[Operator, Options], int]
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = action(operator(options.stack, **region), options)
         sys.stdout.flush()
-    except (ServiceError, ClientError, BotoCoreError) as error:
+    except (ServiceError, *AwsError) as error:
         # botocore's messages may have several lines.
         print("error:", *str(error).split(), file=sys.stderr)
         return 1
@@ -165,7 +166,7 @@ def _state(enabled: bool) -> str:
     return "enabled" if enabled else "disabled"
 
 
-def _time(ms: int) -> str:
+def _shown_time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -197,7 +198,7 @@ def _list_teams(use: Operator, _options: Options) -> int:
 
 def _show_team(use: Operator, options: Options) -> int:
     team = use.teams.get(options.team)
-    values = (team.id, team.name, _state(team.enabled), _time(team.created_ms), *_amounts(team.account))
+    values = (team.id, team.name, _state(team.enabled), _shown_time(team.created_ms), *_amounts(team.account))
     for name, value in zip(("team", "name", "state", "created", *_AMOUNTS), values, strict=True):
         print(f"{name:<9} {value}")
     print()
@@ -215,7 +216,7 @@ def _enable_team(use: Operator, options: Options) -> int:
 
 
 def _print_keys(keys: Iterable[ApiKey]) -> None:
-    rows = [(key.id, key.label, _state(key.enabled), _time(key.created_ms)) for key in keys]
+    rows = [(key.id, key.label, _state(key.enabled), _shown_time(key.created_ms)) for key in keys]
     _print_table(("key", "label", "state", "created"), rows, words=4)
 
 

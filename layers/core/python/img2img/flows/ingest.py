@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from img2img.create import RESEND_AFTER, Caller, RemainingTime, Submission, create, new_job, once, prepare, send
 from img2img.errors import (
     Gone,
     InsufficientCredits,
@@ -17,11 +16,14 @@ from img2img.errors import (
     TooLarge,
     UnsupportedImage,
 )
-from img2img.inbox import AwaitedUpload, InboxFile, NewObject, NotAttributable, parameters_in, place_of
-from img2img.jobs import Job, Source, Status, ended, given_up
-from img2img.outbox import outbox_of, publish
-from img2img.params import Img2ImgParams, Img2ImgRequest, parse_request
-from img2img.store import OBJECT_GUARD_TTL, Guard
+from img2img.flows import ending
+from img2img.flows.intake import Caller, RemainingTime, Submission, create, input_of, new_job, once, send
+from img2img.flows.outbox import outbox_of, publish
+from img2img.jobs.guards import OBJECT_GUARD_TTL, Guard
+from img2img.jobs.inbox import AwaitedUpload, InboxFile, NewObject, NotAttributable, parameters_in, place_of
+from img2img.jobs.job import RESEND_AFTER, Job, Source, Status, ended, given_up
+from img2img.params import Img2ImgParams
+from img2img.requests import Img2ImgRequest, parse_request
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -71,15 +73,18 @@ def _make(services: Services, caller: Caller, file: InboxFile, new: NewObject, g
         if outbox_of(file) is None:
             raise InvalidRequest.of_field("key", "is too long for the keys of its results")
         job = new_job(services, caller, request, source=source)
-        made = create(services, job, prepare(services, job, data), guard)
+        made = create(services, job, input_of(services, job, data), guard)
     except (InvalidRequest, PresetUnknown, UnsupportedImage, TooLarge, InsufficientCredits, TeamDisabled) as error:
         job = new_job(services, caller, request, source=source)
         unpaid = replace(job, credits=replace(job.credits, reserved=0))
         made = create(services, ended(unpaid, Status.FAILED, at_ms=job.created_ms, error=error), None, guard)
-    if made.job.status.is_terminal:
+    if not made.job.status.is_terminal:
+        send(services, made.job)
+    elif made.replayed:
+        # Whoever made it may have crashed before it was published.
         publish(services, made.job)
     else:
-        send(services, made.job)
+        ending.follow(services, made.job)
     return made
 
 
@@ -104,23 +109,23 @@ def _start(services: Services, place: AwaitedUpload, new: NewObject) -> Submissi
         return None
     try:
         data, _ = _read(services, new)
-        png = prepare(services, job, data)
+        png = input_of(services, job, data)
     except _Superseded:
         return None
     except (UnsupportedImage, TooLarge) as error:
-        failed = services.jobs.finish(given_up(job, error))
+        failed = ending.finish(services, given_up(job, error))
         return Submission(failed, replayed=False) if failed else None
     services.storage.put_input(job.team, job.id, png)
     now = int(services.clock())
     deadline_at = now + services.settings.job_deadline
     if not services.jobs.start(job, due_at=min(now + RESEND_AFTER, deadline_at), deadline_at=deadline_at):
-        _tidy(services, job)
+        _forget_input(services, job)
         return None
     send(services, job)
     return Submission(job, replayed=False)
 
 
-def _tidy(services: Services, job: Job) -> None:
+def _forget_input(services: Services, job: Job) -> None:
     """Remove the picture of a job that was deleted while it was started."""
     try:
         services.jobs.get(job.team, job.id)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
-from img2img.backends import GeneratedImage, Pending
+from img2img.backends import GeneratedImage, Pending, Wait
 from img2img.errors import OutputBlocked, ServiceError, recorded_error
+from img2img.money.prices import Receipt
 from img2img.params import Img2ImgParams
-from img2img.prices import Receipt
+from img2img.stored import StoredEnum
 
+# A message is on its way within milliseconds; later than this, `sweep` sends another.
+RESEND_AFTER = 60
 DEADLINE_PASSED = "The job was not done before its deadline"
 
 
-class Status(StrEnum):
+class Status(StoredEnum):
     """Where a job stands."""
 
     AWAITING_UPLOAD = "awaiting_upload"
@@ -27,7 +29,11 @@ class Status(StrEnum):
     @property
     def is_terminal(self) -> bool:
         """Whether the job never changes again."""
-        return not NEXT[self]
+        return self in NEXT and not NEXT[self]
+
+    def may_become(self, other: Status) -> bool:
+        """Whether a job may go from here to there; from a status that is not known it goes nowhere."""
+        return other in NEXT.get(self, ())
 
 
 NEXT: Mapping[Status, frozenset[Status]] = {
@@ -41,7 +47,7 @@ NEXT: Mapping[Status, frozenset[Status]] = {
 }
 
 
-class OutputStatus(StrEnum):
+class OutputStatus(StoredEnum):
     """How one sample ended."""
 
     SUCCEEDED = "succeeded"
@@ -78,13 +84,6 @@ class Source:
     key: str
     version: str
     preset: str
-
-
-class Wait(StrEnum):
-    """What a job that is being processed waits for."""
-
-    ENDPOINT_BUSY = "endpoint_busy"
-    ENDPOINT_STARTING = "endpoint_starting"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +127,13 @@ class Job:
         return max((output.seconds for output in self.outputs), default=0.0)
 
     @property
+    def is_understood(self) -> bool:
+        """Whether this version knows the values that decide what becomes of the job. What a newer one stored before it
+        was rolled back is shown and left alone.
+        """
+        return self.status.is_known and all(output.status.is_known for output in self.outputs)
+
+    @property
     def error(self) -> ServiceError | None:
         """What a failed job failed of."""
         return recorded_error(self.error_code, self.error_detail) if self.error_code else None
@@ -135,6 +141,12 @@ class Job:
     def output(self, index: int) -> Output | None:
         """Return the output of sample `index` if that sample has ended."""
         return next((output for output in self.outputs if output.index == index), None)
+
+
+def next_look(job: Job, now: int) -> int:
+    """Return when to look at a waiting job again: ever later, so that a long queue is not filled with repeats."""
+    age = now - job.created_ms // 1000
+    return min(now + max(RESEND_AFTER, age), max(job.deadline_at, now + 1))
 
 
 def failed_output(job: Job, index: int, error: ServiceError) -> Output:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from img2img.jobs import Job
+from img2img.jobs.job import Job
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient

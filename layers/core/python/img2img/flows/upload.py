@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from img2img import images
-from img2img.create import Caller, RemainingTime, Submission, create, new_job, once
 from img2img.errors import FieldError, InvalidRequest
+from img2img.flows.intake import Caller, RemainingTime, Submission, create, guard_of, new_job, once
 from img2img.ids import new_id
-from img2img.jobs import Job, Status
-from img2img.params import Img2ImgRequest, checked_fields, one_of, parse_request
-from img2img.submit import guard_of
+from img2img.jobs.job import Job, Status
+from img2img.params import Choice
+from img2img.requests import Img2ImgRequest, parse_request
+from img2img.values import checked_fields, parser_of
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -59,7 +60,7 @@ def announce(
     """
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
-    parsers = {"content_type": one_of(images.ACCEPTED_CONTENT_TYPES), "job": lambda value: value}
+    parsers = {"content_type": parser_of(Choice(images.ACCEPTED_CONTENT_TYPES)), "job": lambda value: value}
     values = checked_fields(body, parsers)
     content_type = values.get("content_type", "image/jpeg")
     if "job" not in values:

@@ -1,0 +1,1 @@
+"""The use cases: what happens to a job, from its request to its end."""

@@ -1,0 +1,47 @@
+"""Create a job from a request, once for each idempotency key."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from img2img import images
+from img2img.flows.intake import Caller, RemainingTime, Submission, create, guard_of, input_of, new_job, once, send
+from img2img.requests import Img2ImgRequest
+from img2img.values import ImageUrl, InlineImage, UploadId
+
+if TYPE_CHECKING:
+    from img2img.bootstrap import Services
+
+
+def _image_bytes(services: Services, team: str, request: Img2ImgRequest) -> bytes:
+    match request.image:
+        case InlineImage(data):
+            images.refuse_larger(len(data), services.settings.max_image_bytes)
+            return data
+        case ImageUrl(url):
+            return services.fetcher.fetch(url)
+        case UploadId(upload_id):
+            return services.storage.get_upload(team, upload_id)
+    raise AssertionError("a request names its image")
+
+
+def submit(
+    services: Services, caller: Caller, request: Img2ImgRequest, *, idempotency_key: str | None, context: RemainingTime
+) -> Submission:
+    """Create a job, or find the one that an earlier request with the same `Idempotency-Key` created.
+
+    The picture is prepared before the job exists: an unreadable image makes no job, and no retry of a job decodes it
+    again. Raises `InvalidRequest`, `UnsupportedImage`, `TooLarge` and `NotFound` about the request,
+    `IdempotencyInFlight` while another request with the key is being worked on, `IdempotencyKeyReused` for another
+    payload, `InsufficientCredits` and `TeamDisabled` about the team.
+    """
+    guard = guard_of(caller, idempotency_key, request.fingerprint)
+
+    def make() -> Submission:
+        job = new_job(services, caller, request)
+        made = create(services, job, input_of(services, job, _image_bytes(services, caller.team, request)), guard)
+        if not made.job.status.is_terminal:
+            send(services, made.job)
+        return made
+
+    return once(services, guard, context, make, prefix="create") if guard else make()

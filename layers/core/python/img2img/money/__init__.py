@@ -1,0 +1,1 @@
+"""Prices, credits and usage: values only, no job."""
