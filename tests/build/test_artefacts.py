@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / ".aws-sam/build"
@@ -103,6 +104,13 @@ def test_function_imports_with_its_layers_and_the_runtime_alone(function, host_d
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_function_holds_its_handler_alone(function):
     assert [path.relative_to(BUILD / function) for path in files(BUILD / function)] == [Path("app.py")]
+
+
+def test_template_has_no_aliases():
+    # `template.yaml` has, and CloudFormation refuses them.
+    tokens = list(yaml.scan((BUILD / "template.yaml").read_text()))
+    assert tokens
+    assert not [token for token in tokens if isinstance(token, yaml.AnchorToken | yaml.AliasToken)]
 
 
 def test_core_layer_holds_the_package_alone():
