@@ -1,7 +1,7 @@
 """The four sentences that keep the parts apart, checked on the source itself.
 
-Only functions/ see `event` and `context`. Only settings.py reads the environment. Only bootstrap.py makes boto3
-clients. Dependencies point one way.
+Only functions/ see `event` and `context`. Only settings.py reads the environment. Only bootstrap.py and admin/stack.py
+make boto3 clients. Dependencies point one way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "layers/core/python/img2img"
 # From the outside in; a module may import its own row (below, in one direction only) and those after it.
 ROWS = [
-    {"__main__", "cli"},
+    {"__main__", "cli", "admin"},
     {"bootstrap"},
     {"create", "submit", "ingest", "run", "samples", "uploads", "sweep", "outbox", "present", "audit"},
     {
@@ -121,8 +121,8 @@ def test_handlers_read_no_environment(handler):
     assert not {"os.environ", "os.getenv"} & set(imports(HANDLERS[handler]))
 
 
-def test_only_bootstrap_makes_clients(module):
-    if module != "bootstrap":
+def test_only_bootstrap_and_the_operators_stack_make_clients(module):
+    if module not in ("bootstrap", "admin.stack"):
         assert not [full for full in imports(MODULES[module]) if full.split(".")[0] == "boto3"]
         assert not [full for full in imports(MODULES[module]) if full.startswith("botocore.session")]
 
@@ -159,6 +159,11 @@ def test_backends_know_no_job():
         if name.split(".")[0] == "backends":
             known = {other.split(".")[0] for other in own_imports(tree)}
             assert known <= {"backends", "errors", "params", "images"}, name
+
+
+@pytest.mark.parametrize("handler", sorted(HANDLERS))
+def test_handlers_leave_the_operators_part_alone(handler):
+    assert not {name for name in own_imports(HANDLERS[handler]) if name.split(".")[0] in ("admin", "cli")}
 
 
 @pytest.mark.parametrize("handler", sorted(HANDLERS))

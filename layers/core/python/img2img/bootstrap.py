@@ -1,19 +1,18 @@
-"""Puts the parts together: settings -> clients -> services. The only place that makes boto3 clients."""
+"""Puts the parts together: settings -> clients -> services. Only this and admin/stack.py make boto3 clients."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import boto3
 from botocore.config import Config
 
 from img2img.credits import Credits
-from img2img.errors import BackendUnreachable, NotFound
+from img2img.errors import BackendUnreachable
 from img2img.params import UNIT_OF_WORK
 from img2img.presets import PresetStore
 from img2img.prices import PriceTable
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from img2img.backends.sagemaker import SageMakerBackend
     from img2img.backends.segmind import SegmindBackend
     from img2img.fetch import Fetcher
-    from img2img.gateway_keys import GatewayKeys
     from img2img.params import Img2ImgParams
 
 # A hung AWS call must leave time to answer: API Gateway waits 29 s in all.
@@ -225,41 +223,3 @@ class Services:
 def services() -> Services:
     """Return the services of this process, made from its environment once."""
     return Services(Settings.from_env(os.environ))
-
-
-@dataclass(frozen=True)
-class Operator:
-    """What an operator of a deployed stack works with."""
-
-    stack: str
-    teams: TeamStore
-    keys: GatewayKeys
-    credits: Credits
-    usage: UsageStore
-    jobs: JobStore
-
-
-def operator(stack: str, *, clock: Callable[[], float] = time.time, **options: Any) -> Operator:
-    """Find a stack's parts by its outputs. `options` are passed to `boto3.client`: a region, say.
-
-    Raises botocore's `ClientError` when there is no such stack, and `NotFound` when it is another application's.
-    """
-    from img2img.gateway_keys import GatewayKeys
-
-    def client(service: str) -> Any:
-        return boto3.client(service, config=_CONFIG, **options)  # type: ignore[call-overload]
-
-    found = client("cloudformation").describe_stacks(StackName=stack)["Stacks"][0]
-    outputs = {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])}
-    if not {"JobsTableName", "UsagePlanId"} <= set(outputs):
-        raise NotFound(f"The stack {stack} is not one of this application")
-    dynamodb, table = client("dynamodb"), outputs["JobsTableName"]
-    return Operator(
-        stack=stack,
-        teams=TeamStore(dynamodb, table, clock=clock),
-        keys=GatewayKeys(client("apigateway"), outputs["UsagePlanId"]),
-        credits=Credits(dynamodb, table, clock=clock),
-        usage=UsageStore(dynamodb, table),
-        # It only reads jobs here: how long they are kept is the functions' business.
-        jobs=JobStore(dynamodb, table, retention_days=0, clock=clock),
-    )
