@@ -38,6 +38,8 @@ SAM_CLI := .venv-sam/.sam-$(SAM_VERSION)
 SAM_BUILD = MAKEFLAGS= PYTHON=$(CURDIR)/$(PY) $(SAM) build
 
 in_region = $(if $(REGION),--region $(REGION))
+# The operator's command line.
+OPERATE = $(PY) -m img2img --stack $(STACK) $(in_region)
 
 .PHONY: help install run demo test test-endpoint lint build deploy secret model endpoint-image admin logs bench bench-endpoint clean
 
@@ -73,20 +75,19 @@ deploy: $(DEV) $(SAM_CLI) ## Deploy to AWS; asks for the parameters the first ti
 	$(SAM) deploy --stack-name $(STACK) $(in_region) --no-fail-on-empty-changeset $(if $(wildcard samconfig.toml),,--guided)
 
 secret: $(RUN) ## Store the Segmind key of a deployed stack; asks for it, or reads it from a pipe
-	@$(PY) -c "$$STORE_SECRET" "$(STACK)" "$(REGION)"
+	@$(OPERATE) secret
 
 model: $(RUN) $(ENDPOINT_RUN) ## Convert a model for the endpoint and put it into S3: MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME (or URI=s3://BUCKET/PREFIX/), SAFETY_CHECKER=on
 	@test -n "$(MODEL)" && test -n "$(URI)" || { echo "make model MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME" >&2; exit 2; }
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
 	$(ENDPOINT_PY) -m endpoint.weights $(if $(filter on,$(SAFETY_CHECKER)),--safety-checker) "$(MODEL)" "$$folder" && \
-	$(PY) -c "$$UPLOAD_MODEL" "$$folder" "$(URI)" "$(REGION)"
+	$(OPERATE) model "$$folder" "$(URI)"
 
 endpoint-image: $(RUN) ## Build the endpoint's image with Docker and push it to ECR (REPOSITORY=img2img-endpoint)
-	@command -v docker >/dev/null || { echo "Docker is needed to build the image: https://docs.docker.com/get-docker/" >&2; exit 1; }
-	@$(PY) -c "$$PUSH_IMAGE" "$(REPOSITORY)" "$(TAG)" "$(REGION)"
+	@$(OPERATE) image "$(REPOSITORY)" "$(TAG)"
 
 admin: $(RUN) ## Manage teams, keys and credits of a deployed stack: ARGS="team create acme"; ARGS=--help lists the commands
-	@$(PY) -m img2img --stack $(STACK) $(in_region) $(ARGS)
+	@$(OPERATE) $(ARGS)
 
 logs: $(SAM_CLI) ## Follow the logs of a deployed stack
 	$(SAM) logs --stack-name $(STACK) $(in_region) --tail
@@ -127,63 +128,3 @@ $(ENDPOINT_DEV): tests/endpoint/requirements.txt $(ENDPOINT_RUN)
 $(SAM_CLI): | .venv-sam/bin/python
 	.venv-sam/bin/python -m pip install --quiet aws-sam-cli==$(SAM_VERSION)
 	@touch $@
-
-# The key never stands on a command line, where `ps` would show it.
-define STORE_SECRET
-import getpass, sys, boto3
-stack, region = sys.argv[1], sys.argv[2] or None
-session = boto3.Session(region_name=region)
-found = session.client("cloudformation").describe_stack_resource(StackName=stack, LogicalResourceId="SegmindSecret")
-secret = found["StackResourceDetail"]["PhysicalResourceId"]
-key = (getpass.getpass("Segmind API key: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
-if not key:
-    sys.exit("No key, nothing stored")
-session.client("secretsmanager").put_secret_value(SecretId=secret, SecretString=key)
-print("Stored; running workers pick it up with their next job, within five minutes at most")
-endef
-export STORE_SECRET
-
-# The prefix is named after what lies below it: other weights are another address, which the stack sees.
-define UPLOAD_MODEL
-import hashlib, pathlib, sys, boto3
-folder, uri, region = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
-bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-if not uri.startswith("s3://") or not bucket or not uri.endswith("/"):
-    sys.exit("The URI must read s3://bucket/prefix/")
-files = sorted(path for path in folder.rglob("*") if path.is_file())
-total = hashlib.sha256()
-for path in files:
-    with path.open("rb") as opened:
-        total.update(f"{path.relative_to(folder)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-prefix += total.hexdigest()[:12] + "/"
-s3 = boto3.Session(region_name=region).client("s3")
-for path in files:
-    s3.upload_file(str(path), bucket, prefix + path.relative_to(folder).as_posix())
-print(f"ModelDataUri: s3://{bucket}/{prefix}")
-endef
-export UPLOAD_MODEL
-
-# The password never stands on a command line. SageMaker reads no image index, which attestations would make of the image.
-define PUSH_IMAGE
-import base64, os, subprocess, sys, boto3
-repository, tag, region = sys.argv[1], sys.argv[2], sys.argv[3] or None
-if "/" in repository:
-    sys.exit("REPOSITORY must have no slash, or the template does not take the image")
-ecr = boto3.Session(region_name=region).client("ecr")
-try:
-    made = ecr.create_repository(repositoryName=repository, imageTagMutability="IMMUTABLE", imageScanningConfiguration={"scanOnPush": True})
-    address = made["repository"]["repositoryUri"]
-except ecr.exceptions.RepositoryAlreadyExistsException:
-    address = ecr.describe_repositories(repositoryNames=[repository])["repositories"][0]["repositoryUri"]
-image = f"{address}:{tag}"
-def docker(*arguments, **options):
-    if subprocess.run(["docker", *arguments], env={**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}, **options).returncode:
-        sys.exit(f"docker {arguments[0]} failed")
-docker("build", "--platform", "linux/amd64", "--tag", image, "endpoint")
-login = ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"]
-user, _, password = base64.b64decode(login).decode().partition(":")
-docker("login", "--username", user, "--password-stdin", address.partition("/")[0], input=password, text=True)
-docker("push", image)
-print(f"EndpointImageUri: {image}")
-endef
-export PUSH_IMAGE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from img2img.admin.stack import operator
+from img2img.admin.stack import Operator
 from local.stack import Stack
 from tests.stack.client import Client
 
@@ -19,7 +19,7 @@ def stack(tmp_path_factory):
 @pytest.fixture(scope="session")
 def admin(stack):
     """What the operator of the stack works with."""
-    return operator("local", **stack.aws)
+    return Operator("local", **stack.aws)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import requests
 from PIL import Image
 
 from img2img.admin.audit import audit
-from img2img.admin.stack import operator
+from img2img.admin.stack import Operator
 from local.commands import _welcome
 from local.stack import Stack
 from tests.container import FakeContainer, painted
@@ -74,7 +74,7 @@ def balance(client: Client) -> int:
 
 
 def assert_books_are_right(stack: Stack) -> None:
-    admin = operator("local", **stack.aws)
+    admin = Operator("local", **stack.aws)
     found = audit(admin.credits, admin.jobs, "local")
     assert found.still
     assert found.differences == ()

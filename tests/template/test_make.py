@@ -1,8 +1,11 @@
-"""`make model` and `make endpoint-image`: what they leave in S3 and ECR is what the template takes."""
+"""`make secret`, `make model` and `make endpoint-image`: what they leave in AWS is what the template takes.
+
+The commands that they run are tested in tests/unit/test_admin.py.
+"""
 
 from __future__ import annotations
 
-import base64
+import json
 import os
 import re
 import shutil
@@ -16,10 +19,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 ROOT = Path(__file__).parents[2]
-# In place of Docker: writes down what it is told, and what it is given to read.
+# In place of Docker: writes down what it is told.
 DOCKER = """#!/bin/sh
-echo "$BUILDX_NO_DEFAULT_ATTESTATIONS docker $*" >> "$DOCKER_LOG"
-if [ "$1" = login ]; then echo "password $(cat)" >> "$DOCKER_LOG"; fi
+echo "docker $*" >> "$DOCKER_LOG"
 test "$1" != "$DOCKER_FAILS"
 """
 # In place of the endpoint's Python, which has torch: "converts" by copying.
@@ -58,16 +60,17 @@ def tools(tmp_path):
 
 @pytest.fixture
 def make(aws, tools, tmp_path):
-    def run(*arguments, path=None, **environment):
+    def run(*arguments, given="", **environment):
         # What these targets install first is here already.
-        given = ["RUN=", "ENDPOINT_RUN=", f"PY={sys.executable}", f"ENDPOINT_PY={tools / 'converter'}", *arguments]
+        here = ["RUN=", "ENDPOINT_RUN=", f"PY={sys.executable}", f"ENDPOINT_PY={tools / 'converter'}"]
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
         credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         logs = {"DOCKER_LOG": str(tmp_path / "docker.log"), "CONVERTED": str(tmp_path / "converted")}
         return subprocess.run(
-            [shutil.which("make") or "make", "-s", *given],
+            [shutil.which("make") or "make", "-s", *here, *arguments],
             cwd=ROOT,
-            env={**kept, **credentials, **aws, **logs, "PATH": path or f"{tools}:{os.environ['PATH']}", **environment},
+            env={**kept, **credentials, **aws, **logs, "PATH": f"{tools}:{os.environ['PATH']}", **environment},
+            input=given,
             capture_output=True,
             text=True,
             timeout=60,
@@ -133,42 +136,37 @@ def test_model_says_what_it_needs(make, weights, arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_image_is_built_for_sagemaker_and_pushed(make, client, source, tmp_path):
+def test_image_is_one_that_the_template_takes(make, client, source, tmp_path):
     image = told(make("endpoint-image", "REPOSITORY=an-endpoint", "TAG=one"), "EndpointImageUri")
     assert fits(source, "EndpointImageUri", image)
-    address = image.removesuffix(":one")
-    registry = address.partition("/")[0]
-    assert registry.endswith(".amazonaws.com")
-    login = client("ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
-    user, password = base64.b64decode(login).decode().split(":")
-    assert (tmp_path / "docker.log").read_text().splitlines() == [
-        # Without attestations: with them SageMaker refuses the image.
-        f"1 docker build --platform linux/amd64 --tag {image} endpoint",
-        f"1 docker login --username {user} --password-stdin {registry}",
-        f"password {password}",
-        f"1 docker push {image}",
-    ]
-    (repository,) = client("ecr").describe_repositories(repositoryNames=["an-endpoint"])["repositories"]
-    assert repository["imageTagMutability"] == "IMMUTABLE"
-    # The repository is there by now.
+    assert image.endswith("/an-endpoint:one")
+    assert (tmp_path / "docker.log").read_text().splitlines()[-1] == f"docker push {image}"
+    client("ecr").describe_repositories(repositoryNames=["an-endpoint"])
+    # Each time under another tag.
     again = told(make("endpoint-image", "REPOSITORY=an-endpoint"), "EndpointImageUri")
     assert fits(source, "EndpointImageUri", again)
     assert again != image
 
 
-@pytest.mark.parametrize("step", ["build", "login", "push"])
-def test_image_that_is_not_pushed_is_not_named(make, step):
-    done = make("endpoint-image", DOCKER_FAILS=step)
+def test_image_that_is_not_pushed_is_not_named(make):
+    done = make("endpoint-image", DOCKER_FAILS="push")
     assert done.returncode != 0
-    assert f"docker {step} failed" in done.stderr
+    assert "docker push failed" in done.stderr
     assert "EndpointImageUri" not in done.stdout
 
 
-def test_image_needs_docker(make, tmp_path):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name in ("sh", "date"):
-        (bare / name).symlink_to(shutil.which(name))
-    done = make("endpoint-image", path=str(bare))
-    assert done.returncode != 0
-    assert "Docker is needed" in done.stderr
+def test_secret_is_the_stacks_own(make, client):
+    # moto's CloudFormation makes no secrets: a bucket of the same name stands in the stack.
+    template = {"Resources": {"SegmindSecret": {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": "of-mine"}}}}
+    client("cloudformation").create_stack(StackName="mine", TemplateBody=json.dumps(template))
+    secrets = client("secretsmanager")
+    secrets.create_secret(Name="of-mine", SecretString="unset")
+    done = make("secret", "STACK=mine", "REGION=eu-west-1", given="SG_key\n")
+    assert done.returncode == 0, done.stderr
+    assert "SG_key" not in done.stdout + done.stderr
+    assert secrets.get_secret_value(SecretId="of-mine")["SecretString"] == "SG_key"
+    for arguments in (["STACK=mine"], ["STACK=others"], ["STACK=mine", "REGION=us-east-1"]):
+        done = make("secret", *arguments)
+        assert done.returncode != 0
+        assert done.stderr.startswith("error: ")
+    assert secrets.get_secret_value(SecretId="of-mine")["SecretString"] == "SG_key"

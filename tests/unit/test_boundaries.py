@@ -164,8 +164,9 @@ def test_jobs_end_in_one_place():
         assert not attributes(tree) & {"use.jobs.finish", "use.jobs.cancel", "observe.job_ended"}, handler
 
 
-def test_handlers_import_no_sibling_and_no_local_tool():
+def test_handlers_import_no_sibling_no_local_tool_and_nothing_of_the_operators():
     for handler, tree in HANDLERS.items():
+        assert not [name for name in own_imports(tree) if name.split(".")[0] == "admin"], handler
         outer = {"functions", "local", "tests", "app"}
         assert not [full for full in imports(tree) if full.split(".")[0] in outer], handler
 

@@ -75,24 +75,6 @@ def run(plan_id, capsys):
     return run
 
 
-@pytest.fixture
-def before_calls():
-    """Return a function that has something done before each call of an operation by a client made from then on."""
-    registered = []
-
-    def register(operation, act):
-        def handler(model, **_):
-            if model.name == operation:
-                act()
-
-        registered.append(handler)
-        boto3.DEFAULT_SESSION.events.register("before-call", handler)
-
-    yield register
-    for handler in registered:
-        boto3.DEFAULT_SESSION.events.unregister("before-call", handler)
-
-
 def no_answer():
     raise EndpointConnectionError(endpoint_url="https://aws.example")
 
@@ -290,6 +272,11 @@ def test_credits_that_were_added_are_said_to_be_even_if_the_balance_cannot_be_re
     assert ran.status == 1
     assert ran.lines == ["Added 100 credits to team default"]
     assert "aws.example" in ran.err
+
+
+def test_credits_that_cannot_have_been_added_are_not_doubted(run, before_calls):
+    before_calls("DescribeStacks", no_answer)
+    assert_refused(run("credits", "add", "default", "100"), "aws.example")
 
 
 @pytest.mark.parametrize("amount", ["many", "1.2345", "1,5", "-", "1e3", "nan"])
@@ -495,6 +482,7 @@ def test_a_wrong_command_line_is_explained(arguments, capsys):
     [
         *("", "team", "team create", "team list", "team show", "team disable", "team enable"),
         *("key", "key create", "key list", "key disable", "key enable", "credits", "credits add", "audit", "usage"),
+        *("secret", "model", "image"),
     ],
 )
 def test_every_command_explains_itself(command, capsys):
@@ -529,7 +517,7 @@ def test_it_runs_as_a_program():
     ended = as_a_program("--help")
     assert ended.returncode == 0
     assert ended.stderr == ""
-    for command in ("team", "key", "credits", "audit", "usage"):
+    for command in ("team", "key", "credits", "audit", "usage", "secret", "model", "image"):
         assert command in ended.stdout
 
 

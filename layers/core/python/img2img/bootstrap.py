@@ -1,4 +1,4 @@
-"""Puts the parts together: settings -> clients -> services. The only place that makes boto3 clients."""
+"""Puts the parts together: settings -> clients -> services. Only this and admin/stack.py make boto3 clients."""
 
 from __future__ import annotations
 

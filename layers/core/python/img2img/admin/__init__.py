@@ -1,1 +1,1 @@
-"""What the operator of a deployed stack does."""
+"""What the operator of a deployed stack works with."""

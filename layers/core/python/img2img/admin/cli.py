@@ -1,4 +1,4 @@
-"""`python -m img2img`: what the operator of a deployed stack does with teams, API keys, credits and usage."""
+"""`python -m img2img`: the operator sets a deployed stack up and manages its teams, API keys, credits and usage."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from botocore.exceptions import BotoCoreError
 
+from img2img.admin import image, model, secret
 from img2img.admin.audit import Audit, audit
-from img2img.admin.stack import Operator, operator
+from img2img.admin.stack import Operator
 from img2img.aws import AwsError
 from img2img.documents import usage_document
 from img2img.errors import ServiceError
@@ -36,10 +38,9 @@ _AMOUNTS = ("balance", "reserved", "charged", "added")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit status."""
     options = _parser().parse_args(arguments)
-    region = {"region_name": options.region} if options.region else {}
     action: Action = options.action
     try:
-        status = action(operator(options.stack, **region), options)
+        status = action(Operator(options.stack, region_name=options.region or None), options)
         sys.stdout.flush()
     except (ServiceError, *AwsError) as error:
         # botocore's messages may have several lines.
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m img2img",
-        description="Manage the teams, API keys and credits of a deployed stack, and report what was used.",
+        description="Set a deployed stack up, manage its teams, API keys and credits, and report what was used.",
         epilog="`COMMAND --help` tells more. Exit status: 0, 1 after an error, 2 when the command line is wrong.",
     )
     parser.add_argument("--stack", default="img2img", metavar="NAME", help="name of the stack (default: %(default)s)")
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_key_commands(_add_group(commands, "key", "create, list, disable and enable API keys"))
     _add_credits_commands(_add_group(commands, "credits", "top teams up"))
     _add_reports(commands)
+    _add_setup(commands)
     return parser
 
 
@@ -150,6 +152,19 @@ def _add_reports(commands: Any) -> None:
         default="table",
         help="default: %(default)s, in credits; json and csv are in thousandths of a credit, as the API answers",
     )
+
+
+def _add_setup(commands: Any) -> None:
+    more = "Asks for it at a terminal, or reads one line from a pipe."
+    _add(commands, "secret", secret.run, "store the Segmind key of the stack", more)
+    more = "The prefix is named after the content. After an interruption a repeat uploads what is missing."
+    parser = _add(commands, "model", model.run, "put the endpoint's model into S3 and print its ModelDataUri", more)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what `python -m endpoint.weights` wrote")
+    parser.add_argument("uri", metavar="URI", help="where to make the prefix: s3://bucket/prefix/")
+    more = "Needs Docker; run it at the root of the repository."
+    parser = _add(commands, "image", image.run, "push the endpoint's image to ECR and print its EndpointImageUri", more)
+    parser.add_argument("repository", metavar="REPOSITORY", help="name at ECR, without a slash; made when missing")
+    parser.add_argument("tag", metavar="TAG", help="a new one: the stack would not see that an image has changed")
 
 
 def _amount(text: str) -> int:
@@ -247,8 +262,10 @@ def _enable_key(use: Operator, options: Options) -> int:
 
 
 def _add_credits(use: Operator, options: Options) -> int:
+    # Found before: without a stack nothing can have been booked.
+    accounts = use.credits
     try:
-        use.credits.add(options.team, options.amount, reference=options.reference, note=options.note)
+        accounts.add(options.team, options.amount, reference=options.reference, note=options.note)
     except BotoCoreError:
         print(
             "Whether it was booked is not known: `team show` tells. With a --reference it can be repeated.",
@@ -257,7 +274,7 @@ def _add_credits(use: Operator, options: Options) -> int:
         raise
     # On its own, before the balance is read: whoever sees it does not add again.
     print(f"Added {in_credits(options.amount)} credits to team {options.team}", flush=True)
-    print(f"Its balance is {in_credits(use.credits.account(options.team).balance)} credits")
+    print(f"Its balance is {in_credits(accounts.account(options.team).balance)} credits")
     return 0
 
 

@@ -1,0 +1,56 @@
+"""The command `secret`: Segmind's key goes into the secret of a deployed stack."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from getpass import getpass
+from typing import TYPE_CHECKING
+
+from img2img.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from mypy_boto3_cloudformation import CloudFormationClient
+    from mypy_boto3_secretsmanager import SecretsManagerClient
+
+    from img2img.admin.stack import Operator
+
+
+def run(use: Operator, _options: Namespace) -> int:
+    """Ask for the key and store it."""
+    # Looked up first: nobody is asked for a key that then has no place.
+    secret = find_secret(use.client("cloudformation"), use.stack)
+    store_key(use.client("secretsmanager"), secret, read_key())
+    print("Stored; running workers pick it up with their next job, within five minutes at most")
+    return 0
+
+
+def find_secret(cloudformation: CloudFormationClient, stack: str) -> str:
+    """Return the id of a stack's secret. Raises botocore's `ClientError` when there is no such stack or secret."""
+    found = cloudformation.describe_stack_resource(StackName=stack, LogicalResourceId="SegmindSecret")
+    return found["StackResourceDetail"]["PhysicalResourceId"]
+
+
+def read_key() -> str:
+    """Ask for the key at a terminal, or read the first line of a pipe.
+
+    It never stands on a command line, where `ps` would show it. Raises `InvalidRequest` when it is none.
+    """
+    try:
+        key = getpass("Segmind API key: ") if sys.stdin.isatty() else sys.stdin.readline()
+    except EOFError:
+        key = ""
+    except UnicodeDecodeError:
+        raise InvalidRequest("The key is not plain text, nothing stored") from None
+    key = key.strip()
+    if not key:
+        raise InvalidRequest("No key, nothing stored")
+    # It becomes an HTTP header. A file that begins with a byte order mark, say, would fail every job.
+    if not (key.isascii() and key.isprintable()):
+        raise InvalidRequest("The key is not plain ASCII, nothing stored")
+    return key
+
+
+def store_key(secrets: SecretsManagerClient, secret: str, key: str) -> None:
+    """Make `key` the secret's current value. Raises botocore's errors."""
+    secrets.put_secret_value(SecretId=secret, SecretString=key)
