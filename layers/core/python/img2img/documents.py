@@ -57,7 +57,7 @@ def pipeline_document(job: Job) -> dict[str, Any]:
         "input": job.params.as_dict(),
         "backend": job.backend,
         "backend_reason": job.backend_reason or None,
-        "outputs": [_output(output) for output in job.outputs] if job.status.is_terminal else [],
+        "outputs": [] if job.status.is_open else [_output(output) for output in job.outputs],
         "error": {"code": job.error_code, "detail": job.error_detail} if job.error_code else None,
         "metrics": {
             "queue_ms": _between(job.created_ms, job.started_ms),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from img2img.errors import FieldError, InvalidRequest, NotFound, UnsupportedMediaType
@@ -57,10 +57,11 @@ class Img2ImgRequest:
 
 
 def _counted(params: Img2ImgParams) -> dict[str, Any]:
+    values = params.as_dict()
     return {
-        name: value
-        for name, value in params.as_dict().items()
-        if name in _ALWAYS_COUNTED or value != PARAMETERS[name].default
+        item.name: values[item.name]
+        for item in fields(params)
+        if item.name in _ALWAYS_COUNTED or values[item.name] != item.default
     }
 
 

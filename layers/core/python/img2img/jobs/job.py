@@ -31,6 +31,11 @@ class Status(StoredEnum):
         """Whether the job never changes again."""
         return self in NEXT and not NEXT[self]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the job goes on here: not what has ended, and not what only a newer version knows."""
+        return bool(NEXT.get(self))
+
     def may_become(self, other: Status) -> bool:
         """Whether a job may go from here to there; from a status that is not known it goes nowhere."""
         return other in NEXT.get(self, ())

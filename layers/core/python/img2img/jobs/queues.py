@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from img2img.jobs.job import Job
+from img2img.stored import known_fields
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
@@ -22,8 +23,8 @@ class JobMessage:
 
     @classmethod
     def from_json(cls, body: str) -> JobMessage:
-        """Read a message body. Raises `ValueError` or `TypeError` for anything else."""
-        return cls(**json.loads(body))
+        """Read a message body. Raises `ValueError`, `TypeError` or `AttributeError` for anything else."""
+        return known_fields(cls, json.loads(body))
 
 
 def after_trouble(receives: int) -> int:

@@ -1,0 +1,234 @@
+"""A newer version was rolled back: what it stored is shown as it is, and left alone until that version is back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import boto3
+import pytest
+
+from tests.functions.jobs import create, encoded
+from tests.system import System, running_system
+
+
+def change(system: System, job_id: str, **attributes: Any) -> None:
+    """Store a job as a newer version would: strings and, as JSON, what is kept so."""
+    names = {f"#{name}": name for name in attributes}
+    values = {
+        f":{name}": {"S": value if isinstance(value, str) else json.dumps(value)} for name, value in attributes.items()
+    }
+    system.dynamodb.update_item(
+        TableName="jobs",
+        Key={"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}},
+        UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in attributes),
+        ExpressionAttributeNames=names,
+        ExpressionAttributeValues=values,
+    )
+
+
+def item(system: System, job_id: str) -> Any:
+    key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
+    return system.dynamodb.get_item(TableName="jobs", Key=key)["Item"]
+
+
+def added(system: System, job_id: str, name: str, **fields: Any) -> Any:
+    """Return what is stored as JSON under a name, with more fields."""
+    return json.loads(item(system, job_id)[name]["S"]) | fields
+
+
+OUTPUT = {"index": 0, "status": "archived", "seed": 7, "shelf": "B4"}
+CALL = {"0": {"backend": "vertex", "reason": "", "operation": "op-1"}}
+
+
+def test_attributes_that_are_not_known_are_ignored(system):
+    job_id = create(system, metadata={"order": "1"})
+    change(system, job_id, priority="high", params=added(system, job_id, "params", clip_skip=2))
+    assert "clip_skip" not in system.job(job_id)["input"]
+    assert system.deliver() == 1
+    done = system.job(job_id)
+    assert (done["status"], done["metadata"]) == ("succeeded", {"order": "1"})
+    outputs = json.loads(item(system, job_id)["outputs"]["S"])
+    change(system, job_id, outputs=[{**outputs[0], "thumbnail": "t"}])
+    assert system.job(job_id)["outputs"][0]["sha256"] == done["outputs"][0]["sha256"]
+
+
+def test_values_that_are_not_known_are_shown_as_stored_in_a_job_and_in_the_list(system):
+    job_id = create(system)
+    change(system, job_id, status="paused", backend="vertex", waits_for="gpu_shortage", outputs=[OUTPUT], pending=CALL)
+    shown = system.job(job_id)
+    assert (shown["status"], shown["backend"]) == ("paused", "vertex")
+    assert shown["status_detail"] == {"code": "gpu_shortage", "detail": ""}
+    assert [(output["status"], output["seed"]) for output in shown["outputs"]] == [("archived", 7)]
+    assert system.api("GET", "/jobs").json["jobs"] == [shown]
+    assert system.api("GET", f"/jobs/{job_id}/outputs/0").status == 404
+
+
+def unknown_status(system: System, job_id: str) -> None:
+    change(system, job_id, status="paused")
+
+
+def unknown_output(system: System, job_id: str) -> None:
+    change(system, job_id, outputs=[OUTPUT])
+
+
+def unknown_call(system: System, job_id: str) -> None:
+    change(system, job_id, pending=CALL)
+
+
+NEWER = [unknown_status, unknown_output, unknown_call]
+
+
+@pytest.fixture(params=NEWER, ids=lambda newer: newer.__name__)
+def newer(request, system) -> str:
+    """Return the id of a job that a newer version has left in a state of its own."""
+    job_id = create(system)
+    request.param(system, job_id)
+    return job_id
+
+
+def test_a_job_of_a_newer_version_is_not_run(system, newer):
+    before = system.job(newer)
+    assert system.deliver() == 1, "the message is done with: the sweep of the newer version sends another"
+    assert system.segmind.calls == []
+    after = system.job(newer)
+    assert (after["outputs"], after["credits"], after["error"]) == (before["outputs"], before["credits"], None)
+    assert item(system, newer).get("pending") in (None, {"S": json.dumps(CALL)})
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_a_job_of_a_newer_version_is_not_swept(system, newer, claimed, caplog):
+    if claimed:
+        system.deliver()
+    before = item(system, newer)
+    other = create(system)
+    for seconds in (60, 1900):
+        system.clock.advance(seconds)
+        done = system.sweep()
+        assert "skipped" not in done
+    assert item(system, newer) == before
+    assert system.job(other)["status"] == "failed", "it hides no other job"
+    assert "stored by a newer version" in caplog.text
+
+
+def test_a_job_of_a_status_that_is_not_known_is_not_canceled_or_deleted(system):
+    job_id = create(system)
+    unknown_status(system, job_id)
+    before = item(system, job_id)
+    canceled = system.api("POST", f"/jobs/{job_id}/cancel")
+    assert (canceled.status, canceled.json["status"]) == (200, "paused")
+    refused = system.api("DELETE", f"/jobs/{job_id}")
+    assert (refused.status, refused.json["code"]) == (409, "not_understood")
+    assert item(system, job_id) == before
+    assert system.objects("uploads") == [f"inputs/default/{job_id}.png"]
+
+
+@pytest.mark.parametrize("unknown", [unknown_output, unknown_call])
+def test_what_its_caller_gives_up_is_canceled_all_the_same(system, unknown):
+    job_id = create(system)
+    unknown(system, job_id)
+    canceled = system.api("POST", f"/jobs/{job_id}/cancel").json
+    assert (canceled["status"], canceled["credits"]["released"]) == ("canceled", 1000)
+    assert system.books().reserved == 0
+
+
+def test_the_newer_version_goes_on_where_it_was(system):
+    job_id = create(system)
+    unknown_call(system, job_id)
+    assert system.deliver() == 1
+    # It is back, knows the call, and that there is nothing to wait for any more.
+    change(system, job_id, pending={})
+    system.clock.advance(131)
+    assert system.sweep() == {"resent": 1}
+    assert system.deliver() == 1
+    assert system.job(job_id)["status"] == "succeeded"
+    assert system.books().charged == 1000
+
+
+def test_a_notice_waits_for_the_newer_version():
+    with running_system("sagemaker") as system:
+        job_id = create(system)
+        assert system.deliver() == 1
+        unknown_status(system, job_id)
+        system.settle()
+        [notice] = system.receive("results")
+        assert not system.collect(notice)
+        assert system.messages("results") == 1
+        change(system, job_id, status="processing")
+        assert system.collect(notice)
+        assert system.job(job_id)["status"] == "succeeded"
+
+
+def test_a_repeat_finds_a_job_that_is_not_understood(system):
+    job_id = create(system, headers={"Idempotency-Key": "k"})
+    unknown_status(system, job_id)
+    again = system.create(image=encoded(), seed=7, headers={"Idempotency-Key": "k"})
+    assert (again.status, again.json["id"], again.json["status"]) == (202, job_id, "paused")
+
+
+def save_preset(system: System, fields: dict[str, Any]) -> None:
+    assert system.api("PUT", "/presets/p", {"prompt": "a boat"}).status == 201
+    boto3.client("dynamodb").update_item(
+        TableName="jobs",
+        Key={"pk": {"S": "TEAM#default"}, "sk": {"S": "PRESET#p"}},
+        UpdateExpression="SET #fields = :fields",
+        ExpressionAttributeNames={"#fields": "fields"},
+        ExpressionAttributeValues={":fields": {"S": json.dumps(fields)}},
+    )
+
+
+def test_a_preset_of_a_newer_version_is_shown_and_used_as_far_as_it_is_known(system):
+    save_preset(system, {"prompt": "a boat", "clip_skip": 2})
+    assert system.api("GET", "/presets/p").json["fields"] == {"prompt": "a boat", "clip_skip": 2}
+    priced = system.api("POST", "/cost", {"preset": "p"})
+    assert (priced.status, priced.json["input"]["prompt"]) == (200, "a boat")
+
+
+def test_a_preset_with_a_value_that_is_not_known_is_refused_unless_the_request_has_its_own(system):
+    save_preset(system, {"prompt": "a boat", "scheduler": "Restart"})
+    refused = system.api("POST", "/cost", {"preset": "p"})
+    assert refused.status == 400
+    [error] = refused.json["errors"]
+    assert error["field"] == "preset"
+    assert error["detail"].startswith("p has a scheduler that must be one of DDIM, ")
+    assert system.api("POST", "/cost", {"preset": "p", "scheduler": "LMS"}).status == 200
+
+
+def test_a_message_of_a_newer_version_names_its_job(system):
+    job_id = create(system)
+    [record] = system.receive()
+    record["body"] = json.dumps(json.loads(record["body"]) | {"trace": "t"})
+    assert system.work(record)
+    assert system.job(job_id)["status"] == "succeeded"
+
+
+def test_books_with_an_entry_of_a_newer_version_still_add_up(system):
+    system.dynamodb.put_item(
+        TableName="jobs",
+        Item={
+            "pk": {"S": "TEAM#default"},
+            "sk": {"S": "LEDGER#01M3250V00ZVZF0VYGYB9ZYA0Y#gift"},
+            "at_ms": {"N": "1"},
+            "added": {"N": "5"},
+        },
+    )
+    system.dynamodb.update_item(
+        TableName="jobs",
+        Key={"pk": {"S": "TEAM#default"}, "sk": {"S": "TEAM"}},
+        UpdateExpression="ADD balance :five, added :five, entries :one",
+        ExpressionAttributeValues={":five": {"N": "5"}, ":one": {"N": "1"}},
+    )
+    assert system.books().added == 1_000_000_005
+
+
+def test_a_counter_that_is_older_than_one_of_its_columns_is_read(system):
+    create(system)
+    assert system.deliver() == 1
+    [counter] = [
+        found for found in system.dynamodb.scan(TableName="jobs")["Items"] if found["sk"]["S"].startswith("USAGE#")
+    ]
+    system.dynamodb.update_item(
+        TableName="jobs", Key={"pk": counter["pk"], "sk": counter["sk"]}, UpdateExpression="REMOVE canceled"
+    )
+    [row] = system.api("GET", "/usage").json["rows"]
+    assert (row["jobs"], row["canceled"]) == (1, 0)
