@@ -68,8 +68,9 @@ def job_ended(
     ended = EphemeralMetrics()
     ended.add_metadata("correlation_id", correlation_id)
     ended.add_metadata("job_id", job_id)
-    for name, counted in (("JobsSucceeded", "succeeded"), ("JobsFailed", "failed"), ("JobsCanceled", "canceled")):
-        ended.add_metric(name, MetricUnit.Count, int(status == counted))
+    ended.add_metric("JobsSucceeded", MetricUnit.Count, int(status == "succeeded"))
+    ended.add_metric("JobsFailed", MetricUnit.Count, int(status == "failed"))
+    ended.add_metric("JobsCanceled", MetricUnit.Count, int(status == "canceled"))
     ended.add_metric("BackendFallbacks", MetricUnit.Count, int(bool(backend_reason)))
     if queue_ms is not None:
         ended.add_metric("QueueTime", MetricUnit.Milliseconds, queue_ms)
