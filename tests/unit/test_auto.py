@@ -54,7 +54,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.now = NOW
-        self.first = Fake(GeneratedImage(b"first", 1.0, remaining_credits=5.0))
+        self.first = Fake(GeneratedImage(b"first", 1.0, "segmind", remaining_credits=5.0))
         self.second = Fake(GeneratedImage(b"second", 2.0, backend="sagemaker"))
         self.backend = AutoBackend(self.first, self.second, reserve=RESERVE, clock=lambda: self.now)
 
@@ -69,7 +69,7 @@ def pair() -> Pair:
 
 def test_the_first_backend_serves_as_long_as_it_can(pair):
     for seed in (7, 8):
-        assert pair.ask(seed) == GeneratedImage(b"first", 1.0, remaining_credits=5.0, backend="segmind", reason="")
+        assert pair.ask(seed) == GeneratedImage(b"first", 1.0, "segmind", remaining_credits=5.0, reason="")
     assert (pair.first.calls, pair.second.calls) == ([7, 8], [])
 
 
@@ -134,12 +134,12 @@ def test_a_rate_limit_that_leaves_too_little_time_is_not(pair, retry_after):
 def test_the_first_is_left_alone_for_a_while(pair):
     pair.first.gives = errors.BackendOutOfCredits("empty")
     pair.ask(1)
-    pair.first.gives = GeneratedImage(b"first", 1.0)
+    pair.first.gives = GeneratedImage(b"first", 1.0, "segmind")
     pair.now += PAUSE_SECONDS - 0.1
     assert pair.ask(2).reason == "backend_out_of_credits"
     assert pair.first.calls == [1]
     pair.now += 0.1
-    assert pair.ask(3) == GeneratedImage(b"first", 1.0)
+    assert pair.ask(3) == GeneratedImage(b"first", 1.0, "segmind")
     assert (pair.first.calls, pair.second.calls) == ([1, 3], [1, 2])
 
 

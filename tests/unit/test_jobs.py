@@ -194,7 +194,7 @@ def test_an_ended_job_is_at_no_backend_any_more():
 def test_a_job_knows_which_backend_serves_it_and_why(answer):
     found = served(job(), answer)
     assert (found.backend, found.backend_reason) == ("sagemaker", "backend_failed")
-    again = served(found, GeneratedImage(b"a", 1.0))
+    again = served(found, GeneratedImage(b"a", 1.0, "segmind"))
     assert (again.backend, again.backend_reason) == ("segmind", "")
 
 

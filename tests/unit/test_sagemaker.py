@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from img2img import errors
-from img2img.backends import GeneratedImage, Pending, request_body
+from img2img.backends import ENDPOINT_FIELDS, GeneratedImage, Pending, request_body
 from img2img.backends.sagemaker import MAX_ANSWER, SageMakerBackend, failure, read_notice
 from img2img.backends.segmind import SegmindBackend
 from img2img.errors import JobError
@@ -173,7 +173,7 @@ def test_the_fields_are_those_that_segmind_gets(calls, container):
 
 
 def test_the_image_is_raw_base64():
-    body = request_body(IMAGE, PARAMS, 9, as_json=True)
+    body = request_body(IMAGE, PARAMS, 9, ENDPOINT_FIELDS, as_json=True)
     assert base64.b64decode(body["image"], validate=True) == IMAGE
     assert (body["seed"], body["strength"], body["samples"]) == (9, 0.6, 1)
 
@@ -187,7 +187,7 @@ def test_an_asynchronous_call_leaves_its_request_and_tells_where_the_answer_will
     assert (invocation.ttl, invocation.timeout) == (1800, TIMEOUT)
     lies = get(f"requests/{NAME}.json")
     assert lies["ContentType"] == "application/json"
-    assert json.loads(lies["Body"].read()) == request_body(IMAGE, PARAMS, 7, as_json=True)
+    assert json.loads(lies["Body"].read()) == request_body(IMAGE, PARAMS, 7, ENDPOINT_FIELDS, as_json=True)
     assert found.notes["output"] == f"s3://{BUCKET}/answers/{invocation.id}.out"
     assert found.notes["failure"] == f"s3://{BUCKET}/failures/{invocation.id}-error.out"
     assert invocation.done.wait(10)

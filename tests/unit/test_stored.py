@@ -90,7 +90,7 @@ def test_stored_teams_keys_presets_and_books_are_read(system):
     [row] = use.usage.rows("default", date.fromisoformat(day), date.fromisoformat(day))
     assert row.counts.jobs == int(ITEMS["usage"]["jobs"]["N"])
     source = job(system, "inbox_succeeded").source
-    assert use.outbox.shown(source).job_id == ITEMS["outbox"]["job_id"]["S"]
+    assert use.outbox_index.shown(source).job_id == ITEMS["outbox"]["job_id"]["S"]
 
 
 def fingerprint(case: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from img2img.money.credits import Credits
 from img2img.money.prices import PriceTable
 from img2img.money.usage import UsageStore
 from img2img.params import UNIT_OF_WORK
-from img2img.settings import Settings
+from img2img.settings import BACKENDS, Settings
 from img2img.teams.presets import PresetStore
 from img2img.teams.store import TeamStore
 
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from img2img.params import Img2ImgParams
 
 # A hung AWS call must leave time to answer: API Gateway waits 29 s in all.
-CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
+_CONFIG = Config(connect_timeout=2, read_timeout=4, retries={"mode": "standard", "total_max_attempts": 3})
 # By default boto3 presigns with SigV2 for the global host in older regions, which new buckets refuse.
-_S3_CONFIG = CONFIG.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
+_S3_CONFIG = _CONFIG.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
 # SageMaker ends a call in real time after 60 s.
 _REALTIME_SECONDS = 65
 # What an endpoint that was scaled to zero needs for its first picture, at most as a rule.
@@ -69,7 +69,7 @@ class Services:
 
     @cached_property
     def _dynamodb(self) -> DynamoDBClient:
-        return boto3.client("dynamodb", config=CONFIG)
+        return boto3.client("dynamodb", config=_CONFIG)
 
     @cached_property
     def jobs(self) -> JobStore:
@@ -92,7 +92,7 @@ class Services:
         return PresetStore(self._dynamodb, self.settings.jobs_table, clock=self.clock)
 
     @cached_property
-    def outbox(self) -> OutboxIndex:
+    def outbox_index(self) -> OutboxIndex:
         """What the outbox shows."""
         return OutboxIndex(
             self._dynamodb,
@@ -129,7 +129,7 @@ class Services:
 
     @cached_property
     def _sqs(self) -> SQSClient:
-        return boto3.client("sqs", config=CONFIG)
+        return boto3.client("sqs", config=_CONFIG)
 
     @cached_property
     def queue(self) -> JobQueue:
@@ -192,7 +192,7 @@ class Services:
         )
         return SageMakerBackend(
             runtime=boto3.client("sagemaker-runtime", config=patient),
-            control=boto3.client("sagemaker", config=CONFIG),
+            control=boto3.client("sagemaker", config=_CONFIG),
             s3=self._s3,
             endpoint=self.settings.sagemaker_endpoint,
             bucket=self.settings.uploads_bucket,
@@ -206,19 +206,20 @@ class Services:
         return _ASYNC_BACKENDS[name](self)
 
     def asks(self, backend: str) -> bool:
-        """Whether the deployment still asks a backend; what one that was taken out of service has, it keeps."""
+        """Whether the deployment asks a backend; from one that was taken out of service no answer is waited for."""
         return self.settings.backend in (backend, "auto")
 
     def understands(self, job: Job) -> bool:
         """Whether this version knows what decides what becomes of a job; see `stored`."""
-        return job.is_understood and all(call.backend in _ASYNC_BACKENDS for call in job.pending.values())
+        calls = job.pending.values()
+        return job.is_understood and job.backend in BACKENDS and all(call.backend in _ASYNC_BACKENDS for call in calls)
 
     def _segmind(self, patience: Callable[[Img2ImgParams], float] = lambda _: math.inf) -> SegmindBackend:
         from aws_lambda_powertools.utilities.parameters import GetParameterError, SecretsProvider
 
         from img2img.backends.segmind import SegmindBackend
 
-        secrets = SecretsProvider(boto3_client=boto3.client("secretsmanager", config=CONFIG))
+        secrets = SecretsProvider(boto3_client=boto3.client("secretsmanager", config=_CONFIG))
 
         def key(refresh: bool) -> str:
             # Read at each call, not at import: a snapshot would keep a rotated key.

@@ -1,4 +1,4 @@
-"""What a team sees: the one JSON form of jobs and of its account, wherever they are shown."""
+"""What a team sees: the one JSON form of everything that is shown, wherever it is shown."""
 
 from __future__ import annotations
 

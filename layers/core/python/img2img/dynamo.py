@@ -78,8 +78,9 @@ def through_conflicts(call: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class Write:
-    """One write of a transaction: `request` is an entry of `TransactItems`. Without `refusal` its condition, if it has
-    one, is never to fail.
+    """One write of a transaction: `request` is an entry of `TransactItems`.
+
+    Without `refusal` a condition that fails means that something was written twice: then botocore's error is raised.
     """
 
     request: Mapping[str, Any]

@@ -233,8 +233,11 @@ def _tree(root: type[ServiceError]) -> Iterator[type[ServiceError]]:
 
 
 def recorded_error(code: str, detail: str) -> ServiceError:
-    """Return the error that a failed job recorded as `code`; an unknown code becomes `internal_error`."""
+    """Return the error that a failed job recorded as `code`; an unknown one is an `InternalError` of that code."""
     for error in _tree(ServiceError):
         if error.__dict__.get("code") == code:
             return error(detail)
-    return InternalError(detail)
+    unknown = InternalError(detail)
+    # This one's own: a newer version recorded it.
+    unknown.code = code  # type: ignore[misc]
+    return unknown

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from PIL import ExifTags, Image, ImageFile
 
 from img2img.errors import ServiceError, TooLarge, UnsupportedImage
+from img2img.params import OUTPUT_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 ACCEPTED_CONTENT_TYPES = tuple(
     f"image/{name}" for name in ("jpeg", "png", "webp", "heic", "heif", "avif", "gif", "tiff")
 )
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+EXTENSIONS = {f"image/{name}": written.extension for name, written in OUTPUT_FORMATS.items()}
 
 _SIGNATURES = {
     "JPEG": (b"\xff\xd8\xff",),
@@ -36,11 +37,6 @@ _PLUGINS = {
     "AVIF": "PIL.AvifImagePlugin",
     "TIFF": "PIL.TiffImagePlugin",
     "HEIF": "pillow_heif.HeifImagePlugin",
-}
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "PNG": {},
-    "JPEG": {"quality": 95, "subsampling": "4:4:4"},
-    "WEBP": {"quality": 95},
 }
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -149,12 +145,14 @@ def examine(data: bytes) -> Picture:
 
 
 def convert(data: bytes, output_format: str) -> bytes:
-    """Return an output as `png`, `jpeg` or `webp`: the very same bytes if it is one already.
+    """Return an output in one of `OUTPUT_FORMATS`: the very same bytes if it has it already.
 
-    Raises `UnsupportedImage` if it is no PNG, JPEG or WebP image.
+    Raises `UnsupportedImage` if it is no image of one of them.
     """
     wanted = output_format.upper()
-    return data if _sniff(data) == wanted else _encode(_output(data), wanted, **_SAVE_OPTIONS[wanted])
+    if _sniff(data) == wanted:
+        return data
+    return _encode(_output(data), wanted, **OUTPUT_FORMATS[output_format].save_options)
 
 
 @contextmanager

@@ -31,7 +31,6 @@ SCHEDULERS = (
 SIZES = (512, 768)
 UNIT_OF_WORK = 20 * 512 * 512
 FITS = ("cover", "contain", "stretch")
-OUTPUT_FORMATS = ("png", "jpeg", "webp")
 MAX_SEED = 999_999_999_999_999
 MAX_PROMPT = 10_000
 MAX_URL = 4096
@@ -47,6 +46,21 @@ class _Required(Enum):
 
 
 REQUIRED = _Required.REQUIRED
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """A format that results may have: its file extension, and how Pillow is to write it."""
+
+    extension: str
+    save_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+OUTPUT_FORMATS = {
+    "png": OutputFormat("png"),
+    "jpeg": OutputFormat("jpg", {"quality": 95, "subsampling": "4:4:4"}),
+    "webp": OutputFormat("webp", {"quality": 95}),
+}
 
 
 @dataclass(frozen=True)
@@ -158,18 +172,22 @@ Kind = Text | Integer | Decimal | Choice | Size | Flag | Labels | PresetName | I
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One field of a request. `segmind`: Segmind has it too."""
+    """One field of a request.
+
+    `segmind`: Segmind has it too. `sent`: what generates is told of it, and not only the service itself.
+    """
 
     name: str
     kind: Kind
     description: str
     example: Any
     segmind: bool = True
+    sent: bool = True
     default: Any = REQUIRED
 
 
-def _parameter(kind: Kind, description: str, *, example: Any, default: Any = REQUIRED, segmind: bool = True) -> Any:
-    metadata = {"kind": kind, "description": description, "example": example, "segmind": segmind, "default": default}
+def _parameter(kind: Kind, description: str, *, example: Any, default: Any = REQUIRED, **more: bool) -> Any:
+    metadata = {"kind": kind, "description": description, "example": example, "default": default, **more}
     return field(metadata=metadata, **({} if default is REQUIRED else {"default": default}))
 
 
@@ -210,13 +228,15 @@ class Img2ImgParams:
         default="cover",
         example="contain",
         segmind=False,
+        sent=False,
     )
     output_format: str | None = _parameter(
-        Choice(OUTPUT_FORMATS),
+        Choice(tuple(OUTPUT_FORMATS)),
         "Format of the result; without it, the backend's own.",
         default=None,
         example="webp",
         segmind=False,
+        sent=False,
     )
 
     def resolved(self) -> Img2ImgParams:

@@ -13,6 +13,9 @@ from img2img.negotiation import media_type
 from img2img.params import FIELDS, PARAMETERS, Field, Img2ImgParams
 from img2img.values import ImageSource, Parser, parse_fields, parser_of
 
+# Finds the fields of a team's preset by its name, or raises `NotFound`.
+Presets = Callable[[str], Mapping[str, Any]]
+
 # The parameters of the first version. An `Idempotency-Key` holds over an upgrade: a repeat must have the fingerprint
 # that the version before gave it, so what came later counts only where it differs from its default.
 _ALWAYS_COUNTED = frozenset(
@@ -73,9 +76,6 @@ _OF_FIELDS = _parsers(FIELDS.values())
 _OF_PARAMETERS = _parsers(PARAMETERS.values())
 
 
-Presets = Callable[[str], Mapping[str, Any]]
-
-
 def _parse(body: Any, known: Mapping[str, Parser]) -> tuple[dict[str, Any], list[FieldError]]:
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
@@ -93,6 +93,8 @@ def _saved(presets: Presets, name: str, own: Mapping[str, Any]) -> tuple[dict[st
         return {}, [FieldError("preset", missing.detail)]
     added = {key: value for key, value in stored.items() if key in PARAMETERS and key not in own}
     values, errors = parse_fields(added, _OF_PARAMETERS)
+    # Known by its name, so that it counts as given; it is refused all the same.
+    values |= {error.field: None for error in errors}
     return values, [FieldError("preset", f"{name} has a {error.field} that {error.detail}") for error in errors]
 
 

@@ -12,6 +12,9 @@ def _setting(name: str, help: str, default: Any = MISSING, choices: tuple[str, .
     return field(metadata=metadata, **({} if default is MISSING else {"default": default}))
 
 
+BACKENDS = ("segmind", "sagemaker")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a deployment can choose. Sizes in bytes, times in seconds."""
@@ -29,7 +32,7 @@ class Settings:
         "BACKEND",
         "what generates: segmind, sagemaker, or auto (Segmind first)",
         "segmind",
-        ("segmind", "sagemaker", "auto"),
+        (*BACKENDS, "auto"),
     )
     fallback_after: int = _setting(
         "FALLBACK_AFTER_SECONDS",

@@ -6,10 +6,10 @@ import base64
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from img2img.admin.commands import Options, add_command
 from img2img.errors import AlreadyExists, InvalidRequest
 
 if TYPE_CHECKING:
@@ -21,7 +21,17 @@ _CONTEXT = Path("endpoint")
 _DOCKER = ("env", "BUILDX_NO_DEFAULT_ATTESTATIONS=1", "docker")
 
 
-def run(use: Operator, options: Namespace) -> int:
+def add_commands(commands: Any) -> None:
+    """Declare the command."""
+    more = "Needs Docker; run it at the root of the repository."
+    parser = add_command(
+        commands, "image", run, "push the endpoint's image to ECR and print its EndpointImageUri", more
+    )
+    parser.add_argument("repository", metavar="REPOSITORY", help="name at ECR, without a slash; made when missing")
+    parser.add_argument("tag", metavar="TAG", help="a new one: the stack would not see that an image has changed")
+
+
+def run(use: Operator, options: Options) -> int:
     """Build and push an image and print its URI."""
     print(f"EndpointImageUri: {push(use.client('ecr'), options.repository, options.tag)}")
     return 0

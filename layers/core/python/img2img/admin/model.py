@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
+from img2img.admin.commands import Options, add_command
+from img2img.aws import error_code
 from img2img.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
     from img2img.admin.stack import Operator
 
 
-def run(use: Operator, options: Namespace) -> int:
+def add_commands(commands: Any) -> None:
+    """Declare the command."""
+    more = "The prefix is named after the content. After an interruption a repeat uploads what is missing."
+    parser = add_command(commands, "model", run, "put the endpoint's model into S3 and print its ModelDataUri", more)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what `python -m endpoint.weights` wrote")
+    parser.add_argument("uri", metavar="URI", help="where to make the prefix: s3://bucket/prefix/")
+
+
+def run(use: Operator, options: Options) -> int:
     """Upload a folder and print where it lies."""
     print(f"ModelDataUri: {upload(use.client('s3'), options.folder, options.uri)}")
     return 0
@@ -76,7 +85,7 @@ def _sizes(s3: S3Client, bucket: str, prefix: str) -> dict[str, int]:
         return {item["Key"].removeprefix(prefix): item["Size"] for page in pages for item in page.get("Contents", [])}
     except ClientError as error:
         # Who may only write uploads everything.
-        if error.response["Error"]["Code"] == "AccessDenied":
+        if error_code(error) == "AccessDenied":
             return {}
         raise
 

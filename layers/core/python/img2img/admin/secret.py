@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from getpass import getpass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from img2img.admin.commands import Options, add_command
 from img2img.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from img2img.admin.stack import Operator
 
 
-def run(use: Operator, _options: Namespace) -> int:
+def add_commands(commands: Any) -> None:
+    """Declare the command."""
+    more = "Asks for it at a terminal, or reads one line from a pipe."
+    add_command(commands, "secret", run, "store the Segmind key of the stack", more)
+
+
+def run(use: Operator, _options: Options) -> int:
     """Ask for the key and store it."""
     # Looked up first: nobody is asked for a key that then has no place.
     secret = find_secret(use.client("cloudformation"), use.stack)

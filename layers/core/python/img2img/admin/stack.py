@@ -49,18 +49,20 @@ class Operator:
         return outputs
 
     @property
-    def _table(self) -> str:
+    def table(self) -> str:
+        """The name of the table that holds teams, jobs and books."""
         return self._outputs["JobsTableName"]
 
     @cached_property
-    def _dynamodb(self) -> DynamoDBClient:
+    def dynamodb(self) -> DynamoDBClient:
+        """The client of that table."""
         client: DynamoDBClient = self.client("dynamodb")
         return client
 
     @cached_property
     def teams(self) -> TeamStore:
         """The teams and their API keys."""
-        return TeamStore(self._dynamodb, self._table, clock=self._clock)
+        return TeamStore(self.dynamodb, self.table, clock=self._clock)
 
     @cached_property
     def keys(self) -> GatewayKeys:
@@ -70,14 +72,14 @@ class Operator:
     @cached_property
     def credits(self) -> Credits:
         """The teams' accounts."""
-        return Credits(self._dynamodb, self._table, clock=self._clock)
+        return Credits(self.dynamodb, self.table, clock=self._clock)
 
     @cached_property
     def usage(self) -> UsageStore:
         """The counters of what was used."""
-        return UsageStore(self._dynamodb, self._table)
+        return UsageStore(self.dynamodb, self.table)
 
     @cached_property
     def jobs(self) -> JobStore:
         """The table of jobs, to read them: how long they are kept is the functions' business."""
-        return JobStore(self._dynamodb, self._table, retention_days=0, clock=self._clock)
+        return JobStore(self.dynamodb, self.table, retention_days=0, clock=self._clock)

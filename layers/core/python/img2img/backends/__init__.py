@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from img2img.stored import StoredEnum
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One generated picture, in the bytes that the backend sent.
+    """One generated picture, in the bytes that `backend` sent.
 
     `seconds` is the backend's own figure, or what the call took; `remaining_credits` is what is left of the
     operator's account where the backend says so. `flagged`: its safety checker withheld the picture, and there are no
@@ -22,9 +22,9 @@ class GeneratedImage:
 
     data: bytes
     seconds: float
+    backend: str
     remaining_credits: float | None = None
     flagged: bool = False
-    backend: str = "segmind"
     reason: str = ""
 
 
@@ -78,18 +78,22 @@ _WAITS = {
 }
 
 
-# Every one is sent, also at its default: Segmind's own default of `strength`, 1, ignores the image.
-_SENT = tuple(item.name for item in PARAMETERS.values() if item.segmind)
+# What Segmind is told, and what an endpoint of our own is told, which may know more.
+SEGMIND_FIELDS = tuple(item.name for item in PARAMETERS.values() if item.sent and item.segmind)
+ENDPOINT_FIELDS = tuple(item.name for item in PARAMETERS.values() if item.sent)
 
 
-def request_body(image: bytes, params: Img2ImgParams, seed: int, *, as_json: bool) -> dict[str, Any]:
+def request_body(
+    image: bytes, params: Img2ImgParams, seed: int, names: Iterable[str], *, as_json: bool
+) -> dict[str, Any]:
     """Return the body of one call for one sample, in the format that Segmind and the endpoint share.
 
-    `as_json` asks for the picture inside JSON.
+    Each of `names` is sent, also at its default: Segmind's own default of `strength`, 1, ignores the image. `as_json`
+    asks for the picture inside JSON.
     """
     return {
         "image": base64.b64encode(image).decode(),
-        **{name: getattr(params, name) for name in _SENT},
+        **{name: getattr(params, name) for name in names},
         "samples": 1,
         "seed": seed,
         "base64": as_json,

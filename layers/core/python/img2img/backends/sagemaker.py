@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
 
-from img2img.aws import AwsError
-from img2img.backends import GeneratedImage, Notice, Pending, Wait, request_body
+from img2img.aws import AwsError, error_code
+from img2img.backends import ENDPOINT_FIELDS, GeneratedImage, Notice, Pending, Wait, request_body
 from img2img.errors import (
     BackendBroken,
     BackendFailed,
@@ -109,7 +109,7 @@ class SageMakerBackend:
         Raises `BackendRefused`, `BackendBroken`, and what may be asked for again:
         `BackendRateLimited` (with `retry_after`), `BackendFailed`, `BackendUnreachable`, `BackendGatewayTimeout`.
         """
-        body = json.dumps(request_body(image, params, seed, as_json=True)).encode()
+        body = json.dumps(request_body(image, params, seed, ENDPOINT_FIELDS, as_json=True)).encode()
         # At most 64 characters: without the team, whose name may take half of them.
         inference_id = name.partition("/")[2].replace("/", "-")
         try:
@@ -161,7 +161,7 @@ class SageMakerBackend:
         output = notes.get("output", "")
         if notice and notice.output:
             output = notice.output
-        elif notice and pending and notice.call == notes["inference_id"]:
+        elif notice and pending and notice.call == notes.get("inference_id"):
             raise failure(notice.failure_reason)
         if not output:
             return None
@@ -182,7 +182,7 @@ class SageMakerBackend:
         try:
             answer = self._s3.get_object(Bucket=bucket, Key=_key_of(location))
         except ClientError as error:
-            if error.response["Error"].get("Code") not in ("NoSuchKey", "404"):
+            if error_code(error) not in ("NoSuchKey", "404"):
                 raise
             return None
         return _whole(answer["Body"])
@@ -235,7 +235,7 @@ def _trouble(error: BotoCoreError | ClientError) -> JobError:
         return BackendGatewayTimeout("The SageMaker endpoint did not answer in time")
     if not isinstance(error, ClientError):
         return BackendUnreachable(f"SageMaker could not be reached ({type(error).__name__})")
-    code = str(error.response["Error"].get("Code"))
+    code = error_code(error)
     if code == "ModelError":
         return _of_status(int(str(error.response.get("OriginalStatusCode", 500))))
     # S3 where it is the request that could not be left there.

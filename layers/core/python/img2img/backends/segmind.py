@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import requests
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError, ProtocolError, ReadTimeoutError
 
-from img2img.backends import GeneratedImage, request_body
+from img2img.backends import SEGMIND_FIELDS, GeneratedImage, request_body
 from img2img.backends.transport import Transport
 from img2img.errors import (
     BackendBroken,
@@ -38,6 +38,7 @@ from img2img.errors import (
 )
 from img2img.params import Img2ImgParams
 
+NAME = "segmind"
 UNSET_KEY = "unset"  # what a deployment stores until the operator fills in the real key
 CONNECT_SECONDS = 5.0
 MAX_ANSWER = 30_000_000
@@ -97,7 +98,7 @@ class SegmindBackend:
         `retry_after`), `BackendFailed`, `BackendGatewayTimeout`, `BackendUnreachable`, `BackendTimeout` and
         `BackendBroken`.
         """
-        body = request_body(image, params, seed, as_json=False)
+        body = request_body(image, params, seed, SEGMIND_FIELDS, as_json=False)
         key = self._key(refresh=False).strip()
         if key in ("", UNSET_KEY):
             # The cache may be older than the operator's first key.
@@ -118,6 +119,7 @@ class SegmindBackend:
         return GeneratedImage(
             data=data,
             seconds=_number(answer.headers.get("x-generation-time")) or answer.seconds,
+            backend=NAME,
             remaining_credits=_number(answer.headers.get("x-remaining-credits")),
         )
 

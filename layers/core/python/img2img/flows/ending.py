@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from img2img import observe
-from img2img.errors import NotFound, NotUnderstood
+from img2img.errors import NotUnderstood, ServiceError
+from img2img.flows.intake import Submission, create
 from img2img.flows.outbox import publish
-from img2img.jobs.job import Job, Status
+from img2img.jobs.job import Job, Status, ended
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
+    from img2img.jobs.guards import Guard
 
 
 def finish(services: Services, job: Job) -> Job | None:
@@ -27,7 +30,7 @@ def cancel(services: Services, team: str, job_id: str) -> Job:
     """Cancel an unfinished job; one that has ended stays as it is. Raises `NotFound`."""
     canceled, job = services.jobs.cancel(team, job_id)
     if canceled:
-        follow(services, job)
+        _follow(services, job)
     return job
 
 
@@ -41,7 +44,21 @@ def delete(services: Services, team: str, job_id: str) -> None:
     services.jobs.delete(team, job.id)
 
 
-def follow(services: Services, job: Job) -> None:
+def create_failed(services: Services, job: Job, error: ServiceError, guard: Guard | None) -> Submission:
+    """Make a job that ends as it is made, with nothing reserved; or find the one that the guard holds."""
+    unpaid = replace(job, credits=replace(job.credits, reserved=0))
+    made = create(services, ended(unpaid, Status.FAILED, at_ms=job.created_ms, error=error), None, guard)
+    if not made.replayed:
+        _follow(services, made.job)
+    return made
+
+
+def catch_up(services: Services, job: Job) -> None:
+    """Do what whoever ended a job may have left undone when it crashed; twice does no harm."""
+    publish(services, job)
+
+
+def _follow(services: Services, job: Job) -> None:
     """Do what follows from a job's end, right after it: log it, count it, publish it."""
     observe.job_ended(
         correlation_id=job.correlation_id,
@@ -52,35 +69,14 @@ def follow(services: Services, job: Job) -> None:
         backend=job.backend,
         backend_reason=job.backend_reason,
         queue_ms=job.started_ms - job.created_ms if job.started_ms else None,
-        backend_ms=job.generation_seconds * 1000 if job.outputs else None,
+        # A job may have ended before any backend saw it.
+        backend_ms=job.generation_seconds * 1000 or None,
     )
     # If this fails, the job's message comes again: see `catch_up`.
     publish(services, job)
 
 
-def _followed(services: Services, ended: Job | None) -> Job | None:
-    if ended:
-        follow(services, ended)
-    return ended
-
-
-def catch_up(services: Services, team: str, job_id: str, job: Job | None) -> None:
-    """Do what a worker that crashed may have left undone after a job's end. `job` is None when it was deleted.
-
-    It is published or, if it was canceled or deleted meanwhile, what was generated is removed. While another worker has
-    the job, the objects are that worker's as well and stay.
-    """
-    if job is None or job.status is Status.CANCELED:
-        services.storage.delete_outputs(team, job_id)
-    elif job.status.is_terminal:
-        publish(services, job)
-
-
-def give_way(services: Services, job: Job) -> None:
-    """Leave a job that moved on while it was run."""
-    now: Job | None
-    try:
-        now = services.jobs.get(job.team, job.id)
-    except NotFound:
-        now = None
-    catch_up(services, job.team, job.id, now)
+def _followed(services: Services, job: Job | None) -> Job | None:
+    if job:
+        _follow(services, job)
+    return job

@@ -38,10 +38,9 @@ def _not_stored(error: BotoCoreError | ClientError) -> JobError:
 
 @dataclass(kw_only=True)
 class Sample:
-    """What became of one sample in this run: an output, an error, or a place where it will be. `asked`: in this run."""
+    """What became of one sample in this run: an output, an error, or a place where it will be."""
 
     index: int
-    asked: bool = False
     answer: GeneratedImage | Pending | None = None
     output: Output | None = None
     error: JobError | None = None
@@ -105,17 +104,24 @@ def take_answers(services: Services, job: Job, notice: Notice | None) -> list[Sa
 
     The others are looked for as well: the samples of a job run together, and so end together.
     """
-    told = {notice.index: notice} if notice and notice.index in missing(job) else {}
+    told = {}
+    if notice and notice.index in missing(job) and (notice.output or notice.index in job.pending):
+        told = {notice.index: notice}
+    calls: list[Notice | Pending] = [*told.values(), *job.pending.values()]
     # Made before there are threads, as below.
-    calls: dict[int, Notice | Pending] = {**told, **job.pending}
-    backends = {index: services.async_backend(call.backend) for index, call in calls.items()}
+    backends = {call.backend: services.async_backend(call.backend) for call in calls}
 
     def answer(index: int) -> GeneratedImage | None:
-        pending = job.pending.get(index)
-        found = backends[index].answer(pending, told.get(index))
+        pending, said = job.pending.get(index), told.get(index)
+        found = None
+        if said and (pending is None or pending.backend != said.backend):
+            # Of an earlier call, of which the pending one's backend knows nothing.
+            found, said = backends[said.backend].answer(None, said), None
+        if found is None and pending:
+            found = backends[pending.backend].answer(pending, said)
         return replace(found, reason=pending.reason) if found and pending else found
 
-    return _take_all(services, job, [Sample(index=index) for index in backends], answer)
+    return _take_all(services, job, [Sample(index=index) for index in sorted({*told, *job.pending})], answer)
 
 
 def ask_for(services: Services, job: Job, indexes: list[int]) -> list[Sample]:
@@ -130,4 +136,4 @@ def ask_for(services: Services, job: Job, indexes: list[int]) -> list[Sample]:
         name = f"{job.team}/{job.id}/{job.lease}/{index}"
         return backend.generate(image, job.params, job.params.seed_of(index), name=name, until=job.deadline_at)
 
-    return _take_all(services, job, [Sample(index=index, asked=True) for index in indexes], generate)
+    return _take_all(services, job, [Sample(index=index) for index in indexes], generate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from img2img.errors import (
@@ -11,6 +10,7 @@ from img2img.errors import (
     InsufficientCredits,
     InvalidRequest,
     NotFound,
+    NotUnderstood,
     PresetUnknown,
     TeamDisabled,
     TooLarge,
@@ -18,10 +18,10 @@ from img2img.errors import (
 )
 from img2img.flows import ending
 from img2img.flows.intake import Caller, RemainingTime, Submission, create, input_of, new_job, once, send
-from img2img.flows.outbox import outbox_of, publish
+from img2img.flows.outbox import outbox_of
 from img2img.jobs.guards import OBJECT_GUARD_TTL, Guard
 from img2img.jobs.inbox import AwaitedUpload, InboxFile, NewObject, NotAttributable, parameters_in, place_of
-from img2img.jobs.job import RESEND_AFTER, Job, Source, Status, ended, given_up
+from img2img.jobs.job import RESEND_AFTER, Job, Source, Status, given_up
 from img2img.params import Img2ImgParams
 from img2img.requests import Img2ImgRequest, parse_request
 
@@ -39,8 +39,8 @@ def ingest(services: Services, new: NewObject, *, correlation_id: str, context: 
 
     Returns the job, `replayed` when an earlier notice did the same, or None when there is nothing to do: the object was
     replaced or deleted meanwhile, or nobody waits for it. Raises `NotAttributable` when it belongs to no team,
-    `IdempotencyInFlight` while the same notice is being worked on, botocore's errors when AWS is in trouble: then the
-    notice has to come again.
+    `IdempotencyInFlight` while the same notice is being worked on, `NotUnderstood` for a job of a newer version of the
+    service, botocore's errors when AWS is in trouble: then the notice has to come again.
     """
     place = place_of(new.key)
     if isinstance(place, AwaitedUpload):
@@ -75,16 +75,11 @@ def _make(services: Services, caller: Caller, file: InboxFile, new: NewObject, g
         job = new_job(services, caller, request, source=source)
         made = create(services, job, input_of(services, job, data), guard)
     except (InvalidRequest, PresetUnknown, UnsupportedImage, TooLarge, InsufficientCredits, TeamDisabled) as error:
-        job = new_job(services, caller, request, source=source)
-        unpaid = replace(job, credits=replace(job.credits, reserved=0))
-        made = create(services, ended(unpaid, Status.FAILED, at_ms=job.created_ms, error=error), None, guard)
+        made = ending.create_failed(services, new_job(services, caller, request, source=source), error, guard)
     if not made.job.status.is_terminal:
         send(services, made.job)
     elif made.replayed:
-        # Whoever made it may have crashed before it was published.
-        publish(services, made.job)
-    else:
-        ending.follow(services, made.job)
+        ending.catch_up(services, made.job)
     return made
 
 
@@ -105,6 +100,8 @@ def _start(services: Services, place: AwaitedUpload, new: NewObject) -> Submissi
         # An earlier delivery may have crashed before it sent the job.
         send(services, job)
         return Submission(job, replayed=True)
+    if not services.understands(job):
+        raise NotUnderstood("The job that waits for this upload was stored by a newer version of the service")
     if job.status is not Status.AWAITING_UPLOAD:
         return None
     try:

@@ -34,9 +34,10 @@ def publish(services: Services, job: Job) -> None:
     """Put an ended job's results, or its error, where its pipeline looks for them, in place of an earlier version's.
 
     Doing it again changes nothing. A job that came over HTTP has no such place, one that its team canceled leaves
-    nothing there, and neither does one of a version that was replaced meanwhile and has been overtaken.
+    nothing there, and neither does one of a version that was replaced meanwhile and has been overtaken. What a newer
+    version of the service stored stays as that one published it.
     """
-    if job.source is None or job.status is Status.CANCELED:
+    if job.source is None or job.status not in (Status.SUCCEEDED, Status.FAILED) or not job.is_understood:
         return
     file = place_of(job.source.key)
     prefix = outbox_of(file) if isinstance(file, InboxFile) else None
@@ -46,7 +47,7 @@ def publish(services: Services, job: Job) -> None:
     pictures = {f"{prefix}-{output.index}.{output.key.rpartition('.')[2]}": output for output in delivered}
     document = f"{prefix}.error.json" if job.status is Status.FAILED else f"{prefix}.json"
     keys = {*pictures, document}
-    stale = services.outbox.replace(job.source, job.id, keys)
+    stale = services.outbox_index.replace(job.source, job.id, keys)
     if stale is None:
         return
     for key, output in pictures.items():
@@ -57,13 +58,13 @@ def publish(services: Services, job: Job) -> None:
     for key in sorted(stale):
         services.storage.delete_document(key)
     if stale:
-        services.outbox.forget(job.source, stale)
-    shown = services.outbox.shown(job.source)
+        services.outbox_index.forget(job.source, stale)
+    shown = services.outbox_index.shown(job.source)
     if shown.job_id != job.id:
-        _give_way(services, job, shown, keys)
+        _restore(services, job, shown, keys)
 
 
-def _give_way(services: Services, job: Job, shown: Shown, keys: set[str]) -> None:
+def _restore(services: Services, job: Job, shown: Shown, keys: set[str]) -> None:
     """Put back a later version that was published while this one was written over it."""
     for key in sorted(keys - shown.keys):
         services.storage.delete_document(key)

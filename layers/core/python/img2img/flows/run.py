@@ -12,13 +12,14 @@ from aws_lambda_powertools import Logger
 
 from img2img.aws import AwsError
 from img2img.backends import GeneratedImage, Notice, Pending, Wait
-from img2img.errors import BackendRateLimited, DeadlineExceeded, InternalError, JobError
+from img2img.errors import BackendRateLimited, DeadlineExceeded, InternalError, JobError, NotFound
 from img2img.flows import ending
 from img2img.flows.generate import Sample, StorageTrouble, ask_for, take_answers
 from img2img.jobs.job import (
     DEADLINE_PASSED,
     RESEND_AFTER,
     Job,
+    Status,
     failed_output,
     missing,
     next_look,
@@ -83,12 +84,13 @@ def run_job(services: Services, team: str, job_id: str, notice: Notice | None = 
     """
     claimed, job = services.jobs.claim(team, job_id, lease_seconds=services.settings.lease_seconds)
     if job is None or not claimed:
-        ending.catch_up(services, team, job_id, job)
+        _tidy_up(services, team, job_id, job)
         return Run(held=job is not None and not job.status.is_terminal)
     if not services.understands(job):
-        # Until the version that stored it is back: then the lease has run out, and `sweep` sends the job again.
-        logger.error("stored by a newer version")
-        return Run()
+        # Until the version that stored it is back, whose sweep finds it.
+        services.jobs.give_back(job)
+        logger.error("stored by a newer version", job_id=job_id, team=team)
+        return Run(held=True)
     # A backend that was taken out of service took its answers with it.
     waiting = {index: call for index, call in job.pending.items() if services.asks(call.backend)}
     job = replace(job, pending=waiting)
@@ -154,10 +156,10 @@ def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool
     ]
     delivered = [sample.output for sample in samples if sample.output]
     job = _on_its_way(with_outputs(job, [*delivered, *failed]), samples)
-    run = Run(job, retry_after=wait, remaining_credits=_credits_left(samples))
+    run = Run(remaining_credits=_credits_left(samples))
     if not missing(job):
         ended = ending.finish(services, job)
-        return replace(run, job=ended, retry_after=None) if ended else _moved_on(services, job, run)
+        return replace(run, job=ended) if ended else _moved_on(services, job, run)
     job = replace(job, waits_for=_what_for(services, job, told=told))
     # The backend's notice, or the message's own return, comes first; `sweep` only steps in when that is lost.
     due_at = next_look(job, int(now)) if wait is None else min(int(now) + wait + RESEND_AFTER, job.deadline_at)
@@ -170,14 +172,30 @@ def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool
         seconds=wait,
         failures=sum(job.failures.values()),
     )
-    return replace(run, job=job)
+    return replace(run, job=job, retry_after=wait)
 
 
 def _moved_on(services: Services, job: Job, run: Run) -> Run:
     """Leave a job that moved on while it was run."""
     logger.info("job moved on while it was run")
-    ending.give_way(services, job)
-    return replace(run, job=None, retry_after=None)
+    now: Job | None
+    try:
+        now = services.jobs.get(job.team, job.id)
+    except NotFound:
+        now = None
+    _tidy_up(services, job.team, job.id, now)
+    return run
+
+
+def _tidy_up(services: Services, team: str, job_id: str, job: Job | None) -> None:
+    """Leave a job that is not this worker's as it has to be. `job` is None when it was deleted.
+
+    While another worker has it, the objects are that worker's as well and stay.
+    """
+    if job is None or job.status is Status.CANCELED:
+        services.storage.delete_outputs(team, job_id)
+    elif job.status.is_terminal:
+        ending.catch_up(services, job)
 
 
 def _repeatable(job: Job, samples: list[Sample]) -> dict[int, JobError]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from img2img.dynamo import Write
-from img2img.jobs.job import Job, OutputStatus, Status
+from img2img.jobs.job import Job, OutputStatus
 from img2img.money.credits import reserve, settle
-from img2img.money.usage import Counts, count
+from img2img.money.usage import count
 
 
 def opening(table: str, job: Job) -> list[Write]:
@@ -22,15 +22,16 @@ def closing(table: str, job: Job) -> list[Write]:
     """Return the writes of a job that ended."""
     at_ms = job.completed_ms or 0
     credits = job.credits  # noqa: A001 (what they are called)
-    counts = Counts(
-        jobs=1,
-        succeeded=int(job.status is Status.SUCCEEDED),
-        failed=int(job.status is Status.FAILED),
-        canceled=int(job.status is Status.CANCELED),
-        images=sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs),
-        charged=credits.charged,
-    )
     return [
         *settle(table, job.team, job.id, charged=credits.charged, released=credits.released, at_ms=at_ms),
-        count(table, job.team, key_id=job.key_id, backend=job.backend, at_ms=at_ms, counts=counts),
+        count(
+            table,
+            job.team,
+            key_id=job.key_id,
+            backend=job.backend,
+            at_ms=at_ms,
+            status=job.status,
+            delivered=sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs),
+            charged=credits.charged,
+        ),
     ]

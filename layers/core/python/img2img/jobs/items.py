@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from aws_lambda_powertools import Logger
+
 from img2img.backends import Pending, Wait
 from img2img.dynamo import Item, integer_in, number, string_in, text
+from img2img.errors import NotUnderstood
 from img2img.jobs.job import Job, Output, OutputStatus, Source, Status
 from img2img.money.prices import Receipt
 from img2img.params import Img2ImgParams
 from img2img.stored import known_fields
+
+logger = Logger(child=True)
 
 
 def job_key(team: str, job_id: str) -> dict[str, Any]:
@@ -79,7 +84,23 @@ def expiry(item: Item) -> float:
 
 
 def to_job(item: Item) -> Job:
-    """Read a job from its item."""
+    """Read a job from its item. Raises `NotUnderstood` when its form is none that this version knows."""
+    try:
+        return _to_job(item)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise NotUnderstood("The job is stored in a form that this version of the service does not know") from None
+
+
+def readable(items: Iterable[Item]) -> Iterator[Job]:
+    """Yield the jobs of items, without those that cannot be read: they must not hide the others."""
+    for item in items:
+        try:
+            yield to_job(item)
+        except NotUnderstood:
+            logger.error("unreadable job", key=item["sk"])
+
+
+def _to_job(item: Item) -> Job:
 
     def integer(name: str) -> int | None:
         return integer_in(item, name) if name in item else None

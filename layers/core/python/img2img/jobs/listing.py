@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
+from img2img.dynamo import number, text
 from img2img.ids import ULID, first_id_at, id_before
 from img2img.jobs.job import Status
 from img2img.values import WrongValue, checked_fields, parse_limit
@@ -21,12 +23,34 @@ class JobFilter:
     created_after: int | None = None
     created_before: int | None = None
 
-    @property
-    def ids(self) -> tuple[str, str]:
-        """The smallest and the largest id that is wanted; none is where the first is larger."""
+    def query(self, team: str, *, now: int) -> dict[str, Any] | None:
+        """Return the query that finds a team's jobs, newest first and one more than wanted; None where there are none.
+
+        With a status it looks at a hundred jobs at a time.
+        """
         low = first_id_at(0 if self.created_after is None else self.created_after + 1)
         high = id_before(first_id_at(2**48 - 1 if self.created_before is None else self.created_before))
-        return low, min(high, id_before(self.cursor)) if self.cursor else high
+        if self.cursor:
+            high = min(high, id_before(self.cursor))
+        if low > high:
+            return None
+        query: dict[str, Any] = {
+            "KeyConditionExpression": "pk = :pk AND sk BETWEEN :low AND :high",
+            "FilterExpression": "(attribute_not_exists(expires_at) OR expires_at > :now)",
+            "ExpressionAttributeValues": {
+                ":pk": text(f"TEAM#{team}"),
+                ":low": text(f"JOB#{low}"),
+                ":high": text(f"JOB#{high}"),
+                ":now": number(now),
+            },
+            "ScanIndexForward": False,
+            "Limit": self.limit + 1 if self.status is None else 100,
+        }
+        if self.status is not None:
+            query["FilterExpression"] += " AND #status = :status"
+            query["ExpressionAttributeNames"] = {"#status": "status"}
+            query["ExpressionAttributeValues"][":status"] = text(self.status)
+        return query
 
 
 def _cursor(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -167,8 +168,11 @@ class Storage:
         prefix = self._results_prefix(job.team, job.id)
         outputs = []
         for item in self._client.list_objects_v2(Bucket=self._results, Prefix=prefix).get("Contents", []):
+            # Nothing else lies there, but what a newer version may have put beside them.
+            if not (named := re.fullmatch(r"([0-3])\.\w+", item["Key"].removeprefix(prefix))):
+                continue
             head = self._client.head_object(Bucket=self._results, Key=item["Key"])
-            index = int(item["Key"].removeprefix(prefix).partition(".")[0])
+            index = int(named[1])
             outputs.append(
                 Output(
                     index=index,

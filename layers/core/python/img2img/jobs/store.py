@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from aws_lambda_powertools import Logger
 from botocore.exceptions import ClientError
 
 from img2img.aws import error_code
@@ -16,14 +15,12 @@ from img2img.errors import NotFound, UploadMissing
 from img2img.ids import new_id
 from img2img.jobs.bookings import closing, opening
 from img2img.jobs.guards import Guard
-from img2img.jobs.items import end, expiry, job_key, outputs_json, pending_json, receipt, to_item, to_job
+from img2img.jobs.items import end, expiry, job_key, outputs_json, pending_json, readable, receipt, to_item, to_job
 from img2img.jobs.job import Job, Status, concluded, ended
 from img2img.jobs.listing import JobFilter
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
-
-logger = Logger(child=True)
 
 # Spreads the sparse index `open` over partitions: one would bound all writes to 1,000 a second.
 OPEN_SHARDS = 4
@@ -39,17 +36,6 @@ class Page:
 
     jobs: list[Job]
     cursor: str | None
-
-
-def _readable(items: Iterable[Item]) -> Iterator[Job]:
-    for item in items:
-        try:
-            job = to_job(item)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            # Whatever wrote it, it must not hide the jobs behind it.
-            logger.error("unreadable job", key=item["sk"])
-        else:
-            yield job
 
 
 class JobStore:
@@ -102,7 +88,7 @@ class JobStore:
         return started
 
     def get(self, team: str, job_id: str) -> Job:
-        """Return a job as it is now. Raises `NotFound`, also for another team's job."""
+        """Return a job as it is now. Raises `NotFound`, also for another team's job, and `NotUnderstood`."""
         answer = self._client.get_item(TableName=self._table, Key=job_key(team, job_id), ConsistentRead=True)
         # TTL deletes late, up to two days: an expired item counts as gone.
         if "Item" not in answer or expiry(answer["Item"]) <= self._clock():
@@ -114,31 +100,15 @@ class JobStore:
 
         Reads at most ten pages: with a rare status a page may be short and still carry a cursor.
         """
-        low, high = wanted.ids
-        if low > high:
+        query = wanted.query(team, now=int(self._clock()))
+        if not query:
             return Page([], None)
-        query: dict[str, Any] = {
-            "TableName": self._table,
-            "KeyConditionExpression": "pk = :pk AND sk BETWEEN :low AND :high",
-            "FilterExpression": "(attribute_not_exists(expires_at) OR expires_at > :now)",
-            "ExpressionAttributeValues": {
-                ":pk": text(f"TEAM#{team}"),
-                ":low": text(f"JOB#{low}"),
-                ":high": text(f"JOB#{high}"),
-                ":now": number(int(self._clock())),
-            },
-            "ScanIndexForward": False,
-            "Limit": wanted.limit + 1 if wanted.status is None else 100,
-        }
-        if wanted.status is not None:
-            query["FilterExpression"] += " AND #status = :status"
-            query["ExpressionAttributeNames"] = {"#status": "status"}
-            query["ExpressionAttributeValues"][":status"] = text(wanted.status)
+        query["TableName"] = self._table
         jobs: list[Job] = []
         last: str | None = None
         for _ in range(10):
             answer = self._client.query(**query)
-            jobs += _readable(answer["Items"])
+            jobs += readable(answer["Items"])
             if len(jobs) > wanted.limit:
                 return Page(jobs[: wanted.limit], jobs[wanted.limit - 1].id)
             if "LastEvaluatedKey" not in answer:
@@ -230,6 +200,21 @@ class JobStore:
             held is not None and not held.status.is_terminal and held.lease is None and held.due_at == due_at
         )
 
+    def give_back(self, job: Job) -> None:
+        """Undo a claim: of the job nothing else is written."""
+        still_ours = "lease = :lease"
+        self._update(
+            job.team,
+            job.id,
+            "SET #status = :status REMOVE lease ADD attempts :uncounted",
+            still_ours,
+            {
+                ":status": text(Status.PROCESSING if job.pending else Status.QUEUED),
+                ":uncounted": number(-1),
+                ":lease": text(job.lease or ""),
+            },
+        )
+
     def finish(self, job: Job) -> Job | None:
         """End a job whose samples have all ended, which the caller holds as claimed or, for `sweep`, as last seen.
 
@@ -305,7 +290,7 @@ class JobStore:
                 ExpressionAttributeValues={":shard": text(f"OPEN#{shard}"), ":now": number(int(self._clock()))},
             )
             for page in pages:
-                yield from _readable(page["Items"])
+                yield from readable(page["Items"])
 
     def postpone(self, job: Job, *, due_at: int) -> bool:
         """Set when `sweep` looks again at a job that belongs to no worker.

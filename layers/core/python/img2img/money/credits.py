@@ -143,11 +143,11 @@ def _cannot_reserve(price: int, held: Item | None) -> ServiceError:
     return InsufficientCredits(detail, price=price, balance=balance)
 
 
-def _cannot_take_back(team: str, amount: int, held: Item | None) -> ServiceError:
+def _cannot_add(team: str, amount: int, held: Item | None) -> ServiceError:
     if not held:
         return NotFound(f"There is no team {team}")
     left = integer_in(held, "balance")
-    return InsufficientCredits(f"Only {in_credits(left)} credits are left to take back", price=amount, balance=left)
+    return InsufficientCredits(f"Only {in_credits(left)} credits are left to take back", price=-amount, balance=left)
 
 
 class Credits:
@@ -186,7 +186,7 @@ class Credits:
             entry,
             condition=enough_is_left if amount < 0 else there_is_a_team,
             values={":taken": number(-amount)} if amount < 0 else {},
-            refusal=lambda held: _cannot_take_back(team, -amount, held),
+            refusal=lambda held: _cannot_add(team, amount, held),
         )
         if not reference:
             transact(self._client, book)
@@ -210,7 +210,7 @@ class Credits:
         )
         for page in pages:
             for item in page["Items"]:
-                _, its_about, phase = item["sk"]["S"].split("#")
+                _, its_about, phase = item["sk"]["S"].split("#", 2)
                 yield Entry(
                     about=its_about,
                     phase=Phase(phase),

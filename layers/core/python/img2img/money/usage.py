@@ -81,9 +81,27 @@ def parse_usage_query(query: Mapping[str, str], *, now: float, groups: tuple[str
     return UsageQuery(since, until, values.get("group_by", groups))
 
 
-def count(table: str, team: str, *, key_id: str, backend: str, at_ms: int, counts: Counts) -> Write:
-    """Return the write that counts what ended at `at_ms`."""
+def count(
+    table: str,
+    team: str,
+    *,
+    key_id: str,
+    backend: str,
+    at_ms: int,
+    status: str,
+    delivered: int,
+    charged: int,
+) -> Write:
+    """Return the write that counts a job that ended at `at_ms` as `status`, with so many pictures delivered."""
     day = datetime.fromtimestamp(at_ms / 1000, UTC).date()
+    counts = Counts(
+        jobs=1,
+        succeeded=int(status == "succeeded"),
+        failed=int(status == "failed"),
+        canceled=int(status == "canceled"),
+        images=delivered,
+        charged=charged,
+    )
     return Write(
         {
             "Update": {
@@ -108,7 +126,7 @@ class Row:
 
 
 def _to_row(item: Item) -> Row:
-    _, day, key, backend = item["sk"]["S"].split("#")
+    _, day, key, backend = item["sk"]["S"].split("#", 3)
     # A counter may be older than one of its columns.
     counts = Counts(**{name: integer_in(item, name) for name in COUNTED})
     return Row(item["pk"]["S"].removeprefix("TEAM#"), day, key, backend, counts)
