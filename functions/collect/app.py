@@ -1,4 +1,4 @@
-"""The results queue: SageMaker says that it is done with a sample; keep it, and end its job when that was the last."""
+"""The answers queue: a backend says that it is done with a sample; keep it, and end its job when that was the last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from img2img import observe
-from img2img.backends.sagemaker import read_notice
 from img2img.bootstrap import services
 from img2img.flows.run import collect
 from img2img.jobs.queues import after_trouble
@@ -23,7 +22,7 @@ def _collect(record: dict[str, Any]) -> bool:
     retry_after: int | None = after_trouble(receives)
     logger.append_keys(correlation_id=record["messageId"])
     try:
-        notice = read_notice(record["body"])
+        notice = use.read_notice(record["body"])
         logger.append_keys(inference_id=notice.call)
         run = collect(use, notice)
         if run.job:

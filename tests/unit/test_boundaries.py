@@ -146,12 +146,14 @@ def test_backends_and_money_know_no_job():
             assert not {other.split(".")[0] for other in own_imports(tree)} & {"jobs", "teams", "flows"}, module
 
 
-def test_flows_name_no_backend():
+def test_flows_and_handlers_name_no_backend():
     for module, tree in MODULES.items():
         if module.split(".")[0] == "flows":
             assert not [other for other in own_imports(tree) if other.startswith("backends.")], module
             words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
             assert not words & {"segmind", "sagemaker", "auto"}, module
+    for handler, tree in HANDLERS.items():
+        assert not [other for other in own_imports(tree) if other.startswith("backends.")], handler
 
 
 def test_jobs_end_in_one_place():

@@ -20,11 +20,12 @@ from img2img.params import (
     MAX_SEED,
     OUTPUT_FORMATS,
     PARAMETERS,
+    REQUIRED,
     SCHEDULERS,
     Img2ImgParams,
 )
 from img2img.requests import Img2ImgRequest, parse_preset, parse_request
-from img2img.values import ImageUrl, InlineImage, UploadId
+from img2img.values import ImageUrl, InlineImage, UploadId, parser_of
 
 PICTURE = base64.b64encode(b"some picture").decode()
 UPLOAD = "upl_01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -563,6 +564,21 @@ def test_what_a_preset_keeps_is_read_again_as_the_same(body: dict[str, Any]) -> 
     kept = json.loads(json.dumps(fields, allow_nan=False))
     assert parse_preset(kept) == fields
     assert parse_request({"preset": "p"}, lambda _: kept, required=()).params == read_params(body)
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_fields_example_and_default_are_accepted_and_it_is_described(name: str) -> None:
+    field = FIELDS[name]
+    read_value = parser_of(field.kind)
+    read_value(field.example)
+    assert field.example != field.default
+    assert field.description.endswith(".")
+    if field.default not in (REQUIRED, None, "", {}):
+        assert read_value(field.default) == field.default
+    assert field.kind.accepts.startswith("must be ")
 
 
 # --- fingerprints ---

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_sqs import SQSClient
 
-    from img2img.backends import AsyncBackend, Backend
+    from img2img.backends import AsyncBackend, Backend, Notice
     from img2img.backends.sagemaker import SageMakerBackend
     from img2img.backends.segmind import SegmindBackend
     from img2img.fetch import Fetcher
@@ -168,7 +168,7 @@ class Services:
                 return self._segmind()
             case "sagemaker":
                 return self.sagemaker
-            case _:
+            case "auto":
                 from img2img.backends.auto import AutoBackend
 
                 asynchronous = self.settings.sagemaker_invocation == "async"
@@ -180,6 +180,7 @@ class Services:
                 )
                 reserve = _COLD_START_SECONDS if asynchronous else _REALTIME_SECONDS
                 return AutoBackend(patient, self.sagemaker, reserve=reserve, clock=self.clock)
+        raise AssertionError("settings admit no other backend")
 
     @cached_property
     def sagemaker(self) -> SageMakerBackend:
@@ -205,9 +206,17 @@ class Services:
         """Return a backend that answers later, whether or not it is still asked."""
         return _ASYNC_BACKENDS[name](self)
 
+    def read_notice(self, body: str) -> Notice:
+        """Read what a backend says, unasked, of a call that is over. Raises `ValueError`, `KeyError`, `TypeError` or
+        `AttributeError` for anything else.
+        """
+        from img2img.backends.sagemaker import read_notice
+
+        return read_notice(body)
+
     def asks(self, backend: str) -> bool:
         """Whether the deployment asks a backend; from one that was taken out of service no answer is waited for."""
-        return self.settings.backend in (backend, "auto")
+        return backend in self.settings.asked_backends
 
     def understands(self, job: Job) -> bool:
         """Whether this version knows what decides what becomes of a job; see `stored`."""

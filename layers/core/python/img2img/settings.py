@@ -61,9 +61,14 @@ class Settings:
     cors_origin: str = _setting("CORS_ORIGIN", "origin that browsers may call from", "*")
 
     @property
+    def asked_backends(self) -> tuple[str, ...]:
+        """The backends that are asked, the first one first."""
+        return ("segmind", "sagemaker") if self.backend == "auto" else (self.backend,)
+
+    @property
     def first_backend(self) -> str:
-        """The backend that a new job is meant for, and priced by: with `auto` that is Segmind."""
-        return "sagemaker" if self.backend == "sagemaker" else "segmind"
+        """The backend that a new job is meant for, and priced by."""
+        return self.asked_backends[0]
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:

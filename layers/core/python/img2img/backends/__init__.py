@@ -123,8 +123,8 @@ class AsyncBackend(Backend, Protocol):
 
         `pending` is the call whose sample is waited for, None when only a notice tells of one; `notice` is what came of
         this sample, maybe of an earlier call for it. All calls for a sample ask for the same picture, so a picture
-        counts whichever call it came from, a failure only of the pending one. Raises the `JobError` of a call that
-        failed, and botocore's `ClientError` and `BotoCoreError`.
+        counts whichever call it came from, a failure only of the pending one. A look that fails gives None, for there
+        will be another. Raises the `JobError` of a call that failed, and botocore's `ClientError` and `BotoCoreError`.
         """
         ...
 

@@ -51,7 +51,7 @@ _STATUSES = {"invalid_request": 400, "too_large": 413, "unsupported_media_type":
 
 
 def read_notice(body: str) -> Notice:
-    """Read a message of the results queue: SageMaker's notice inside SNS's envelope.
+    """Read a message of the answers queue: SageMaker's notice inside SNS's envelope.
 
     Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for anything else. Source:
     https://docs.aws.amazon.com/sagemaker/latest/dg/async-inference-check-predictions.html

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from img2img.jobs.job import Job
 from img2img.stored import known_fields
@@ -33,11 +34,15 @@ def after_trouble(receives: int) -> int:
 
 
 class Queue:
-    """A queue that a function is fed from."""
+    """A queue that feeds a function."""
 
     def __init__(self, client: SQSClient, url: str) -> None:
         self._client = client
         self._url = url
+
+    def put(self, message: Mapping[str, Any]) -> None:
+        """Send a message."""
+        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(message))
 
     def redeliver(self, receipt_handle: str, seconds: int) -> None:
         """Have a message that is reported as failed come back after `seconds`, not after the queue's default."""
@@ -51,5 +56,4 @@ class JobQueue(Queue):
 
     def send(self, job: Job) -> None:
         """Ask a worker to run the job; asking twice is harmless."""
-        message = JobMessage(job.team, job.id, job.correlation_id)
-        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(asdict(message)))
+        self.put(asdict(JobMessage(job.team, job.id, job.correlation_id)))
