@@ -8,6 +8,7 @@ from typing import Any
 import boto3
 import pytest
 
+from img2img.admin.audit import audit
 from tests.functions.interruptions import picture
 from tests.functions.jobs import create, encoded
 from tests.system import System, running_system
@@ -334,3 +335,51 @@ def test_a_counter_that_is_older_than_one_of_its_columns_is_read(system):
     )
     [row] = system.api("GET", "/usage").json["rows"]
     assert (row["jobs"], row["canceled"]) == (1, 0)
+
+
+@pytest.mark.parametrize("newer", [{"output_format": "avif"}, {"scheduler": "Restart"}, {"img_width": 1024}])
+def test_a_job_whose_parameters_are_not_known_is_left_alone(system, newer):
+    job_id = create(system)
+    change(system, job_id, params=added(system, job_id, "params", **newer))
+    for _ in range(4):
+        system.deliver()
+        system.clock.advance(600)
+        system.sweep()
+    job = system.job(job_id)
+    assert (job["status"], job["error"], job["credits"]["released"]) == ("queued", None, 0)
+    assert {name: job["input"][name] for name in newer} == newer
+    assert system.segmind.calls == []
+
+
+def test_a_job_that_cannot_be_dealt_with_stops_no_sweep(system):
+    jobs = [create(system) for _ in range(8)]
+    change(system, jobs[0], outputs=[{"index": "0", "status": "succeeded", "seed": 7}])
+    system.clock.advance(4000)
+    with pytest.raises(RuntimeError, match="1 jobs were skipped"):
+        system.sweep()
+    assert {system.job(job_id)["status"] for job_id in jobs[1:]} == {"failed"}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"metadata": "null"}, {"status": "succeeded", "outputs": [{"index": 0, "status": "succeeded", "seed": 7}]}],
+)
+def test_a_job_that_cannot_be_shown_hides_no_other(system, broken):
+    jobs = [create(system) for _ in range(3)]
+    change(system, jobs[1], **broken)
+    listed = system.api("GET", "/jobs")
+    assert listed.status == 200
+    assert {jobs[2], jobs[0]} <= {job["id"] for job in listed.json["jobs"]}
+
+
+def test_a_job_that_cannot_be_shown_is_a_conflict(system):
+    job_id = create(system)
+    change(system, job_id, metadata="null")
+    assert system.api("GET", f"/jobs/{job_id}").status == 409
+
+
+def test_a_job_that_cannot_be_read_is_a_difference_of_the_audit(system):
+    job_id = create(system)
+    change(system, job_id, outputs="[")
+    use = system.services
+    assert audit(use.credits, use.jobs, "default").differences == (f"job {job_id} cannot be read",)

@@ -20,6 +20,7 @@ from img2img.money.credits import Credits
 from img2img.money.prices import PriceTable
 from img2img.money.usage import UsageStore
 from img2img.params import UNIT_OF_WORK
+from img2img.requests import are_known
 from img2img.settings import BACKENDS, Settings
 from img2img.teams.presets import PresetStore
 from img2img.teams.store import TeamStore
@@ -220,8 +221,12 @@ class Services:
 
     def understands(self, job: Job) -> bool:
         """Whether this version knows what decides what becomes of a job; see `stored`."""
-        calls = job.pending.values()
-        return job.is_understood and job.backend in BACKENDS and all(call.backend in _ASYNC_BACKENDS for call in calls)
+        return (
+            job.is_understood
+            and job.backend in BACKENDS
+            and all(call.backend in _ASYNC_BACKENDS for call in job.pending.values())
+            and are_known(job.params)
+        )
 
     def _segmind(self, patience: Callable[[Img2ImgParams], float] = lambda _: math.inf) -> SegmindBackend:
         from aws_lambda_powertools.utilities.parameters import GetParameterError, SecretsProvider

@@ -8,7 +8,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from img2img.errors import ServiceError
+from aws_lambda_powertools import Logger
+
+from img2img.errors import NotUnderstood, ServiceError
 from img2img.jobs.job import Job, Output, OutputStatus
 from img2img.jobs.store import Page
 from img2img.money.credits import Account
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from img2img.bootstrap import Services
     from img2img.images import ImageInfo
 
+
+logger = Logger(child=True)
 
 UNIT = "1/1000 credit"
 MAX_PAGE_BYTES = 4_000_000
@@ -73,14 +77,21 @@ def pipeline_document(job: Job) -> dict[str, Any]:
 def job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
     """Return the job's JSON form with fresh presigned URLs. Signing asks nothing of AWS.
 
-    `base_url` is the API's address up to its stage, without a slash at its end.
+    `base_url` is the API's address up to its stage, without a slash at its end. Raises `NotUnderstood`.
     """
+    try:
+        return _job_document(services, job, base_url)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise NotUnderstood(f"The job {job.id} holds what this version of the service cannot show") from None
+
+
+def _job_document(services: Services, job: Job, base_url: str) -> dict[str, Any]:
     url = job_url(base_url, job.id)
     document = pipeline_document(job)
     expires = _iso((services.clock() + services.settings.result_url_ttl) * 1000)
     for shown in document["outputs"]:
         output = job.output(shown["index"])
-        if output and output.status is OutputStatus.SUCCEEDED:
+        if output and output.key:
             shown |= {"url": services.storage.output_url(output), "url_expires_at": expires}
     document["status_detail"] = {"code": job.waits_for, "detail": job.waits_for.detail} if job.waits_for else None
     return document | {"urls": {"get": url, "cancel": f"{url}/cancel"}}
@@ -102,7 +113,11 @@ def page_document(services: Services, page: Page, base_url: str) -> dict[str, An
     shown: list[dict[str, Any]] = []
     size = 0
     for job in page.jobs:
-        document = job_document(services, job, base_url)
+        try:
+            document = job_document(services, job, base_url)
+        except NotUnderstood:
+            logger.error("unreadable job", job_id=job.id)
+            continue
         # As Lambda counts: the body is a string inside the function's own JSON.
         size += len(json.dumps(json.dumps(document)))
         if shown and size > MAX_PAGE_BYTES:

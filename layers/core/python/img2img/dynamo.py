@@ -108,7 +108,8 @@ def transact(client: DynamoDBClient, writes: Sequence[Write]) -> None:
     try:
         through_conflicts(lambda: client.transact_write_items(TransactItems=items))
     except ClientError as error:
-        for write, reason in zip(writes, _reasons(error) or [{}] * len(writes), strict=True):
+        reasons = _reasons(error)
+        for write, reason in zip(writes, reasons, strict=True) if len(reasons) == len(writes) else ():
             if write.refusal and reason.get("Code") == "ConditionalCheckFailed":
                 refusal = write.refusal
                 raise refusal if isinstance(refusal, Exception) else refusal(reason.get("Item")) from None

@@ -133,6 +133,12 @@ def parse_request(body: Any, presets: Presets, *, required: tuple[str, ...] = ("
     )
 
 
+def are_known(params: Img2ImgParams) -> bool:
+    """Whether this version would take these parameters: a newer one may have stored them."""
+    given = {name: value for name, value in params.as_dict().items() if value != PARAMETERS[name].default}
+    return not parse_fields(given, _OF_PARAMETERS)[1]
+
+
 def parse_preset(body: Any) -> dict[str, Any]:
     """Check the fields of a preset, any of the parameters, and return those that are set. Raises `InvalidRequest`."""
     values, errors = _parse(body, _OF_PARAMETERS)

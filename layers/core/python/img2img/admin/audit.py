@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from img2img.errors import NotFound
+from img2img.errors import NotFound, NotUnderstood
 from img2img.ids import ms_of
 from img2img.jobs.store import JobStore
 from img2img.money.credits import Account, Credits, Entry, Phase
@@ -72,6 +72,9 @@ def _forgotten(credits: Credits, jobs: JobStore, team: str, reserves: list[Entry
             job = jobs.get(team, job_id)
         except NotFound:
             ended = True
+        except NotUnderstood:
+            yield f"job {job_id} cannot be read"
+            continue
         else:
             ended = job.status.is_terminal
             if job.credits.reserved != reserved:

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action: Action = options.action
     try:
         status = action(Operator(options.stack, region_name=options.region or None), options)
-        sys.stdout.flush()
+        if sys.stdout:  # None where a shell has closed it
+            sys.stdout.flush()
     except (ServiceError, *AwsError) as error:
         # botocore's messages may have several lines.
         print("error:", *str(error).split(), file=sys.stderr)

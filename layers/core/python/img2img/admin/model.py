@@ -46,6 +46,8 @@ def upload(s3: S3Client, folder: Path, uri: str) -> str:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if not files:
         raise InvalidRequest(f"There are no files in {folder}")
+    if odd := [name for name in files if not name.isprintable()]:
+        raise InvalidRequest(f"A file's name is not plain text: {odd[0]!a}")
     # Named after what lies below it: other weights are another address, which the stack sees, and a file that is there
     # is the same one.
     prefix += f"{_digest(files)}/"

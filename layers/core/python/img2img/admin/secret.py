@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from getpass import getpass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from img2img.admin.commands import Options, add_command
 from img2img.errors import InvalidRequest
@@ -43,7 +43,10 @@ def read_key() -> str:
     It never stands on a command line, where `ps` would show it. Raises `InvalidRequest` when it is none.
     """
     try:
-        key = getpass("Segmind API key: ") if sys.stdin.isatty() else sys.stdin.readline()
+        # None where a shell has closed it.
+        stdin: TextIO | None = sys.stdin
+        terminal = stdin is not None and stdin.isatty()
+        key = getpass("Segmind API key: ") if terminal else stdin.readline() if stdin else ""
     except EOFError:
         key = ""
     except UnicodeDecodeError:

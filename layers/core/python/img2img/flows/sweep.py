@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from aws_lambda_powertools import Logger
 
 from img2img import observe
-from img2img.aws import AwsError
 from img2img.errors import DeadlineExceeded
 from img2img.flows import ending
 from img2img.jobs.job import DEADLINE_PASSED, Job, Status, given_up, next_look
@@ -52,15 +51,14 @@ def sweep(services: Services) -> Counter[str]:
     """Fail what is past its deadline, cancel what waits for an upload in vain, and send again what was forgotten or
     whose worker died.
 
-    Returns how many jobs `failed`, `succeeded` in part, were `canceled`, `resent`, or `skipped` for trouble with AWS.
+    Returns how many jobs `failed`, `succeeded` in part, were `canceled`, `resent`, or `skipped` for any trouble.
     Two sweeps at once do no harm.
     """
     done: Counter[str] = Counter()
     for job in services.jobs.overdue():
         try:
             outcome = _look_after(services, job)
-        except AwsError as error:
-            # One job's trouble keeps no other waiting; the next sweep finds it again.
+        except Exception as error:  # noqa: BLE001 (one job's trouble keeps no other waiting; the next sweep finds it)
             observe.log_unexpected(error)
             outcome = "skipped"
         if outcome:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from img2img.dynamo import Item, number, text
+from img2img.dynamo import Item, integer_in, number, string_in, text
 from img2img.errors import InvalidRequest, PresetUnknown
 from img2img.params import PRESET_NAME
 from img2img.requests import Presets, parse_preset
@@ -56,8 +56,8 @@ class PresetPage:
 def _to_preset(item: Item) -> Preset:
     return Preset(
         name=str(item["sk"]["S"]).removeprefix("PRESET#"),
-        fields=json.loads(item["fields"]["S"]),
-        updated_ms=int(item["updated_ms"]["N"]),
+        fields=json.loads(string_in(item, "fields") or "{}"),
+        updated_ms=integer_in(item, "updated_ms"),
     )
 
 
