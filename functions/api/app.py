@@ -13,7 +13,7 @@ from aws_lambda_powertools.logging import correlation_paths
 from aws_lambda_powertools.utilities.typing import LambdaContext
 from snapshot_restore_py import register_before_snapshot
 
-from img2img import documents, negotiation, observe
+from img2img import __version__, documents, negotiation, observe
 from img2img.bootstrap import Services, services
 from img2img.errors import InsufficientCredits, InternalError, NotFound, ServiceError
 from img2img.flows import answer, ending, upload
@@ -276,8 +276,8 @@ def delete_job(job_id: str) -> Response[Any]:
 
 @app.get("/health")
 def health() -> Response[Any]:
-    """Answer that the function runs."""
-    return _answer(200, {"status": "ok"})
+    """Answer that the function runs, and which version it is."""
+    return _answer(200, {"status": "ok", "version": __version__})
 
 
 def _route(event: dict[str, Any]) -> str:

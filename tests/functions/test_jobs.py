@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from PIL import Image
 
+from img2img import __version__
 from img2img.jobs.listing import JobFilter
 from tests.system import ROOT, Context, create_team, function, rest_event
 
@@ -338,8 +339,8 @@ def test_another_teams_upload_is_not_found(system):
     assert system.api("POST", "/sd1.5-img2img", body, {"Prefer": "wait=0"}).status == 202
 
 
-def test_health_needs_no_settings_but_its_own(system):
-    assert system.api("GET", "/health").json == {"status": "ok"}
+def test_health_tells_the_version_and_needs_no_settings_but_its_own(system):
+    assert system.api("GET", "/health").json == {"status": "ok", "version": __version__}
 
 
 def test_a_custom_domains_base_path_is_part_of_the_urls_and_not_of_the_route(system):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from img2img import __version__
 from img2img.admin.audit import audit
 from img2img.bootstrap import Services
 from img2img.ids import new_id
@@ -335,7 +336,7 @@ def list_jobs(zoo: Zoo) -> None:
 
 
 def health(zoo: Zoo) -> None:
-    assert zoo.stranger("GET", "/health").json == {"status": "ok"}
+    assert zoo.stranger("GET", "/health").json == {"status": "ok", "version": __version__}
 
 
 OF_ONE_JOB = [

@@ -24,6 +24,7 @@ import pytest
 import requests
 from botocore.stub import Stubber
 
+from img2img import __version__
 from local.api_keys import FRESH_SECONDS, PAUSE_SECONDS, ApiKeys
 from local.commands import main
 from local.demo import DemoFailed, demo
@@ -86,7 +87,7 @@ def test_a_missing_or_unknown_key_is_a_problem_with_403(stack, headers):
 
 
 def test_health_needs_no_key(stack):
-    assert requests.get(f"{stack.url}/health", timeout=10).json() == {"status": "ok"}
+    assert requests.get(f"{stack.url}/health", timeout=10).json() == {"status": "ok", "version": __version__}
 
 
 def test_a_preflight_needs_no_key_and_allows_what_clients_send(stack):
@@ -133,7 +134,7 @@ def test_a_connection_is_kept_and_a_cut_body_harms_nobody(stack, client):
         for _ in range(2):
             connection.request("GET", "/v1/health")
             used = connection.sock
-            assert connection.getresponse().read() == b'{"status":"ok"}'
+            assert json.loads(connection.getresponse().read())["status"] == "ok"
             assert connection.sock is used
 
 

@@ -62,7 +62,8 @@ def own_imports(tree: ast.AST) -> set[str]:
     for full in imports(tree):
         if full.startswith("img2img."):
             parts = full.split(".")[1:]
-            found.add(next(name for n in (2, 1) if (name := ".".join(parts[:n])) in MODULES))
+            # None: what the package itself holds, its version.
+            found |= {next((name for n in (2, 1) if (name := ".".join(parts[:n])) in MODULES), "")} - {""}
     return found
 
 
