@@ -1,4 +1,4 @@
-"""The only place that reads the environment. `template.yaml` sets every name below; the README lists them."""
+"""The only place that reads the environment. `template.yaml` sets every name below; docs/operate.md lists them."""
 
 from __future__ import annotations
 
