@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,8 @@ BUILD = ROOT / ".aws-sam/build"
 FUNCTIONS = ("ApiFunction", "WorkerFunction", "CollectFunction", "IngestFunction", "SweepFunction")
 LAYERS = ("CoreLayer", "DependenciesLayer")
 SIZE_LIMIT = 100_000_000
+DEPENDENCIES = BUILD / "DependenciesLayer/python"
+NOTICE_HEADING = "The layer `dependencies`"
 AARCH64 = 183
 
 # What Lambda's Python comes with.
@@ -30,6 +34,17 @@ assert callable(app.handler)
 for module in pkgutil.walk_packages(img2img.__path__, "img2img."):
     __import__(module.name)
 print(json.dumps([m.__file__ for m in sys.modules.values() if getattr(m, "__file__", None)]))
+"""
+
+READ_PHOTOS = """
+import pathlib, sys
+sys.path[:0] = sys.argv[2:]
+from img2img import images
+for name in ("phone.heic", "photo.avif"):
+    data = pathlib.Path(sys.argv[1], name).read_bytes()
+    info = images.inspect(data, max_pixels=10**6)
+    assert images.prepare(data, width=64, height=64, fit="cover", max_pixels=10**6)
+    print(info.content_type, info.width, info.height)
 """
 
 
@@ -79,17 +94,21 @@ def host_dependencies(tmp_path_factory):
     return folder / "python"
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_function_imports_with_its_layers_and_the_runtime_alone(function, host_dependencies, runtime):
-    paths = [BUILD / function, BUILD / "CoreLayer/python", host_dependencies, runtime]
-    done = subprocess.run(
-        # Isolated and without site-packages; with no setting in the environment, for nothing is read at import.
-        [sys.executable, "-I", "-S", "-B", "-W", "error", "-c", IMPORT_ALL, *map(str, paths)],
+def isolated(program, *arguments):
+    """Run a program without site-packages, and with no setting in the environment: nothing is read at import."""
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-W", "error", "-c", program, *map(str, arguments)],
         env={name: value for name, value in os.environ.items() if name in ("LD_LIBRARY_PATH", "SYSTEMROOT")},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_function_imports_with_its_layers_and_the_runtime_alone(function, host_dependencies, runtime):
+    paths = [BUILD / function, BUILD / "CoreLayer/python", host_dependencies, runtime]
+    done = isolated(IMPORT_ALL, *paths)
     assert done.returncode == 0, done.stderr
     loaded = [Path(name) for name in json.loads(done.stdout.splitlines()[-1])]
     standard = Path(os.__file__).parent
@@ -99,6 +118,13 @@ def test_function_imports_with_its_layers_and_the_runtime_alone(function, host_d
         if not any(path.is_relative_to(allowed) for allowed in (*paths, standard)) or "site-packages" in path.parts
     ]
     assert not foreign
+
+
+def test_layers_alone_read_the_photos_of_phones(host_dependencies, runtime):
+    paths = [BUILD / "CoreLayer/python", host_dependencies, runtime]
+    done = isolated(READ_PHOTOS, ROOT / "events", *paths)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["image/heic 320 213", "image/avif 320 213"]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -155,3 +181,31 @@ def test_nothing_of_the_machine_that_built_it():
             assert not path.is_symlink()
             if path.suffix in ("", ".py", ".txt", ".json", ".toml", ".cfg"):
                 assert os.fsencode(ROOT) not in path.read_bytes(), path
+
+
+def notice():
+    """Return the section of NOTICE on the layer, line by line."""
+    text = (ROOT / "NOTICE").read_text()
+    section = re.search(
+        rf"^{re.escape(NOTICE_HEADING)}\n-+\n(.*?)(?=^\S[^\n]*\n-{{3,}}$|\Z)", text, re.DOTALL | re.MULTILINE
+    )
+    assert section, NOTICE_HEADING
+    return section[1].splitlines()
+
+
+def test_notice_lists_every_distribution():
+    listed = [match.groups() for line in notice() if (match := re.match(r"([\w.-]+) (\d[\w.]*): \S", line))]
+    held = [
+        (re.sub(r"[-_.]+", "-", distribution.name).lower(), distribution.version)
+        for distribution in importlib.metadata.distributions(path=[str(DEPENDENCIES)])
+    ]
+    assert held
+    assert listed == sorted(held)
+
+
+def test_notice_lists_every_bundled_library():
+    text = "\n".join(notice())
+    listed = {name for names in re.findall(r"\((lib[\w, ]+)\)", text) for name in names.split(", ")}
+    held = {path.name.partition("-")[0] for path in files(DEPENDENCIES) if path.parent.name.endswith(".libs")}
+    assert held
+    assert listed == held

@@ -664,6 +664,27 @@ def test_flipped_bits_raise_nothing_else(name: str, flips: list[tuple[int, int, 
     only_service_errors(bytes(data))
 
 
+def test_no_byte_of_a_heic_header_kills_the_process() -> None:
+    """In a process of its own: a decoder that dies takes everything with it, and no `except` is asked."""
+    program = (
+        "import sys, pathlib; from img2img import errors, images\n"
+        "data = pathlib.Path(sys.argv[1]).read_bytes()\n"
+        "for at in range(data.index(b'mdat')):\n"
+        "    for mask in (1, 128):\n"
+        "        changed = data[:at] + bytes([data[at] ^ mask]) + data[at + 1:]\n"
+        "        try: images.inspect(changed, max_pixels=10**6)\n"
+        "        except errors.ServiceError: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(EVENTS / "phone.heic")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(Path(images.__file__).parents[1])},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_threads_do_not_disturb_each_other() -> None:
     expected = {name: prepared(data).tobytes() for name, data in SAMPLES.items()}
     names = sorted(SAMPLES) * 3
