@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import boto3
@@ -115,7 +116,8 @@ class Calls:
             return response
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(boto3, "DEFAULT_SESSION", session)
+            # A new process would make new clients, which takes long; they keep nothing from call to call.
+            patch.setattr(boto3, "client", cache(session.client))
             patch.setattr(requests.Session, "send", watched_send)
             yield self
 
