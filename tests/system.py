@@ -23,12 +23,14 @@ from typing import Any
 import boto3
 import pytest
 from moto import mock_aws
+from moto.core.base_backend import BackendDict
 from moto.moto_api._internal import moto_api_backend
 from moto.moto_api._internal.models import MotoAPIBackend
 
 from img2img import bootstrap
 from img2img.admin.audit import audit
-from img2img.money.credits import Account
+from img2img.money.credits import Account, Credits
+from img2img.teams.store import TeamStore
 from local.moto_speed import make_fast
 from local.s3_notices import add_sequencers
 from local.sagemaker import SageMaker
@@ -40,6 +42,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 SEGMIND_KEY = "SG_0123456789abcdef"
 API_KEY_ID = "key-of-the-test"
 ENDPOINT = "img2img-endpoint"
+ACCOUNT, REGION = "123456789012", "eu-west-1"
+QUEUES = ("jobs", "uploads", "results")
 
 
 class Context:
@@ -140,10 +144,10 @@ class System:
     clock: Clock
     container: FakeContainer | None = None
     sagemaker: SageMaker | None = None
-    sqs: Any = field(default_factory=lambda: boto3.client("sqs"))
-    s3: Any = field(default_factory=lambda: boto3.client("s3"))
-    dynamodb: Any = field(default_factory=lambda: boto3.client("dynamodb"))
-    secrets: Any = field(default_factory=lambda: boto3.client("secretsmanager"))
+    sqs: Any = field(default_factory=lambda: own_client("sqs"))
+    s3: Any = field(default_factory=lambda: own_client("s3"))
+    dynamodb: Any = field(default_factory=lambda: own_client("dynamodb"))
+    secrets: Any = field(default_factory=lambda: own_client("secretsmanager"))
 
     @property
     def queue_url(self) -> str:
@@ -266,14 +270,19 @@ def sample_base64() -> str:
     return base64.b64encode((ROOT / "events" / "sample.jpg").read_bytes()).decode()
 
 
-def _create_resources() -> None:
-    """Create the tables, buckets, queue and secret in moto, as `template.yaml` has them.
+@cache
+def own_client(service: str) -> Any:
+    """Return a client of the tests' own: making one is slow, and theirs are no calls of the functions."""
+    return boto3.Session().client(service)
 
-    That is, but for the queue, whose messages are visible again at once.
+
+def _create_resources() -> None:
+    """Create the tables, queues and topics in moto, as `template.yaml` has them.
+
+    That is, but for the queues, whose messages are visible again at once.
     """
-    dynamodb: Any = boto3.client("dynamodb")
     text = [{"AttributeName": name, "AttributeType": "S"} for name in ("pk", "sk", "open_shard")]
-    dynamodb.create_table(
+    own_client("dynamodb").create_table(
         TableName="jobs",
         BillingMode="PAY_PER_REQUEST",
         AttributeDefinitions=[*text, {"AttributeName": "due_at", "AttributeType": "N"}],
@@ -289,21 +298,22 @@ def _create_resources() -> None:
             }
         ],
     )
-    dynamodb.create_table(
+    own_client("dynamodb").create_table(
         TableName="idempotency",
         BillingMode="PAY_PER_REQUEST",
         AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
         KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
     )
-    for bucket in ("uploads", "results"):
-        boto3.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
-    for queue in ("jobs", "uploads", "results"):
-        boto3.client("sqs").create_queue(QueueName=queue, Attributes={"VisibilityTimeout": "0"})
+    for queue in QUEUES:
+        own_client("sqs").create_queue(QueueName=queue, Attributes={"VisibilityTimeout": "0"})
     for topic in ("succeeded", "failed"):
-        arn = boto3.client("sns").create_topic(Name=topic)["TopicArn"]
-        boto3.client("sns").subscribe(
-            TopicArn=arn, Protocol="sqs", Endpoint="arn:aws:sqs:eu-west-1:123456789012:results"
-        )
+        arn = own_client("sns").create_topic(Name=topic)["TopicArn"]
+        own_client("sns").subscribe(TopicArn=arn, Protocol="sqs", Endpoint="arn:aws:sqs:eu-west-1:123456789012:results")
+
+
+def _create_buckets_and_secret() -> None:
+    for bucket in ("uploads", "results"):
+        own_client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
     arn = "arn:aws:sqs:eu-west-1:123456789012:uploads"
     noticed = [
         {
@@ -313,15 +323,15 @@ def _create_resources() -> None:
         }
         for prefix in ("inbox/", "awaited/")
     ]
-    boto3.client("s3").put_bucket_notification_configuration(
+    own_client("s3").put_bucket_notification_configuration(
         Bucket="uploads", NotificationConfiguration={"QueueConfigurations": noticed}
     )
-    boto3.client("secretsmanager").create_secret(Name="segmind", SecretString=SEGMIND_KEY)
+    own_client("secretsmanager").create_secret(Name="segmind", SecretString=SEGMIND_KEY)
 
 
 @cache
 def _moto() -> MotoAPIBackend:
-    """Put moto in place of AWS for this process: clients, the slow part, are made from one session."""
+    """Put moto in place of AWS for this process."""
     mock_aws().start()
     add_sequencers()
     make_fast()
@@ -329,16 +339,47 @@ def _moto() -> MotoAPIBackend:
 
 
 def fresh_aws() -> None:
-    """Empty moto, and create the resources in it."""
-    _moto().reset()
-    _create_resources()
+    """Empty moto, and have the resources in it. Tables, queues and topics, slow to make, stay from test to test."""
+    everything = _moto()
+    used = {backends.service_name: backends for backends in BackendDict._instances}
+    if not _empty(used):
+        everything.reset()
+        _create_resources()
+    _create_buckets_and_secret()
+
+
+def _empty(used: Mapping[str, Any]) -> bool:
+    """Empty the resources that stay, and forget all others. Returns False when they are not as they were made."""
+    if not {"dynamodb", "sqs", "sns"} <= set(used):
+        return False
+    tables = used["dynamodb"][ACCOUNT][REGION].tables
+    sqs = used["sqs"][ACCOUNT][REGION]
+    if {*tables} != {"jobs", "idempotency"} or {*sqs.queues} != set(QUEUES):
+        return False
+    for name, backends in used.items():
+        if name not in ("dynamodb", "sqs", "sns"):
+            for backend in backends.values():
+                backend.reset()
+    for table in tables.values():
+        table.items.clear()
+    for name, queue in sqs.queues.items():
+        # Otherwise it is allowed once a minute.
+        queue.last_purged_at = None
+        sqs.purge_queue(name)
+    return True
+
+
+def make_team(client: Any, team: str = "default", key_id: str = API_KEY_ID) -> None:
+    """Create a team with a million credits and one API key."""
+    teams = TeamStore(client, "jobs", clock=time.time)
+    teams.create(team)
+    teams.add_key(key_id, team, label="test")
+    Credits(client, "jobs", clock=time.time).add(team, 1_000_000_000)
 
 
 def create_team(services: bootstrap.Services, team: str = "default", key_id: str = API_KEY_ID) -> None:
-    """Create a team with a million credits and one API key."""
-    services.teams.create(team)
-    services.teams.add_key(key_id, team, label="test")
-    services.credits.add(team, 1_000_000_000)
+    """Create a team with a million credits and one API key, with the clients of the functions."""
+    make_team(services._dynamodb, team, key_id)
 
 
 def _endpoint(*, asynchronous: bool) -> EndpointSpec:
@@ -375,6 +416,6 @@ def running_system(backend: str = "segmind", *, asynchronous: bool = True) -> It
         clock = Clock()
         services.clock = clock
         # By other clients than the functions', which are made when they are first needed, as in production.
-        create_team(bootstrap.Services(services.settings))
+        make_team(own_client("dynamodb"))
         yield System(services, segmind, clock, container, front)
         bootstrap.services.cache_clear()

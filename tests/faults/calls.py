@@ -6,12 +6,14 @@ A call is named after its operation; one that belongs to a sample carries the sa
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import boto3
@@ -19,13 +21,35 @@ import pytest
 import requests
 
 from local.inference import HEADER, Invocation
+from tests.long import LONG
 
 # The seed of every job here, so that a call of the backend tells its sample.
 SEED = 1000
 BEFORE: Literal["before"] = "before"
 AFTER: Literal["after"] = "after"
 MOMENTS = (BEFORE, AFTER)
+Place = tuple[str, str]
 Step = Callable[[str, str], None]
+
+
+def places(calls: Iterable[str]) -> list[Place]:
+    """Return the places before and after each call, in their order."""
+    return list(itertools.product(calls, MOMENTS))
+
+
+def apart(walk: Iterable[Place]) -> list[Place]:
+    """Return the places of a walk, one call after the other, that leave different things behind.
+
+    AWS cannot tell a process that died after a call from one that died before its next. `make test-long` goes to both.
+    """
+    following = list(walk)
+    if LONG:
+        return following
+    return [
+        place
+        for place, then in itertools.pairwise([*following, None])
+        if place[1] == BEFORE or then is None or then[1] == AFTER
+    ]
 
 
 class Killed(BaseException):
@@ -115,7 +139,8 @@ class Calls:
             return response
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(boto3, "DEFAULT_SESSION", session)
+            # A new process would make new clients, which takes long; they keep nothing from call to call.
+            patch.setattr(boto3, "client", cache(session.client))
             patch.setattr(requests.Session, "send", watched_send)
             yield self
 

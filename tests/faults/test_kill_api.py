@@ -5,7 +5,6 @@ As in `test_kill.py`, the first test of a walk fails when its calls are no longe
 
 from __future__ import annotations
 
-import itertools
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.calls import AFTER, MOMENTS, InOrder, Kill, Killed
+from tests.faults.calls import AFTER, MOMENTS, InOrder, Kill, Killed, apart, places
 from tests.faults.deployment import LEASE, PRICE, VISIBILITY, Deployment, request_body, short_lived
 
 # How a process that has seen no caller yet learns who it is: the key, then the team.
@@ -64,7 +63,7 @@ CREATES = {
 def _create_places(name: str, *rest: str) -> list[Any]:
     return [
         pytest.param(name, call, moment, *rest, id="-".join([name, f"{moment} {call}", *rest]))
-        for call, moment in itertools.product(CREATES[name].calls, MOMENTS)
+        for call, moment in apart(places(CREATES[name].calls))
     ]
 
 
@@ -290,7 +289,7 @@ def test_a_walk_takes_every_call_of_cancel_and_delete(deployment, name):
 
 def _end_places(again: str, *names: str) -> Iterator[Any]:
     for name in names:
-        for call, moment in itertools.product(ENDS[name].calls, MOMENTS):
+        for call, moment in apart(places(ENDS[name].calls)):
             yield pytest.param(name, call, moment, again, id=f"{name}-{moment} {call}-{again}")
 
 

@@ -5,12 +5,11 @@ As in `test_kill_endpoint.py`, a crash may repeat an invocation, never a charge.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 
-from tests.faults.calls import AFTER, BEFORE, MOMENTS, InOrder, Meanwhile
+from tests.faults.calls import InOrder, Meanwhile, apart, places
 from tests.faults.deployment import PRICE
 from tests.faults.endpoint import ASKED, EndpointDeployment
 
@@ -25,12 +24,7 @@ TWO = ("UpdateItem", "GetObject", *FALL_BACK, "DescribeEndpoint", "UpdateItem #2
 # One that Segmind serves, and one that it does not.
 HALF = ("POST 0", "POST 1", "PutObject 1", "PutObject 0", "InvokeEndpointAsync 0")
 MIXED = ("UpdateItem", "GetObject", *HALF, "DescribeEndpoint", "UpdateItem #2")
-INVOKED = tuple(itertools.product(ONE, MOMENTS))[ONE.index("InvokeEndpointAsync 0") * 2 + 1 :]
-
-
-def _gaps(calls: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return before each call, and after the last: a process that died after the one before did the same."""
-    return [*((call, BEFORE) for call in calls), (calls[-1], AFTER)]
+INVOKED = places(ONE)[ONE.index("InvokeEndpointAsync 0") * 2 + 1 :]
 
 
 def _down(deployment: EndpointDeployment, **fields: Any) -> str:
@@ -75,7 +69,7 @@ def test_a_walk_takes_every_call_for_two_samples(deployment, calls, order):
 @pytest.mark.parametrize("recovered", [False, True])
 @pytest.mark.parametrize(
     ("call", "moment", "notice_first"),
-    [*((*place, False) for place in itertools.product(ONE[3:], MOMENTS)), *((*place, True) for place in INVOKED)],
+    [*((*place, False) for place in apart(places(ONE[3:]))), *((*place, True) for place in apart(INVOKED))],
 )
 def test_a_worker_killed_while_it_falls_back_is_followed_by_one_end(deployment, call, moment, recovered, notice_first):
     job_id = _down(deployment)
@@ -105,7 +99,7 @@ def test_a_worker_killed_while_it_falls_back_is_followed_by_one_end(deployment, 
     assert segmind.billed == (job["backend"] == "segmind")
 
 
-@pytest.mark.parametrize(("call", "moment"), _gaps(TWO)[2:])
+@pytest.mark.parametrize(("call", "moment"), apart(places(TWO[2:])))
 def test_a_worker_killed_while_two_samples_fall_back_is_followed_by_one_end(deployment, call, moment):
     job_id = _down(deployment, samples=2)
     deployment.kill_worker(call, moment, FALL_BACK)
@@ -115,7 +109,7 @@ def test_a_worker_killed_while_two_samples_fall_back_is_followed_by_one_end(depl
     assert deployment.system.segmind.billed == 0
 
 
-@pytest.mark.parametrize(("call", "moment"), _gaps(MIXED)[2:])
+@pytest.mark.parametrize(("call", "moment"), apart(places(MIXED[2:])))
 def test_a_picture_of_segmind_that_is_stored_is_not_bought_again_when_the_other_sample_falls_back(
     deployment, call, moment
 ):
@@ -133,7 +127,7 @@ def test_a_picture_of_segmind_that_is_stored_is_not_bought_again_when_the_other_
 
 
 @pytest.mark.parametrize("how", ["cancel", "delete"])
-@pytest.mark.parametrize(("call", "moment"), _gaps(ONE)[3:])
+@pytest.mark.parametrize(("call", "moment"), apart(places(ONE[3:])))
 def test_a_job_ended_while_its_worker_falls_back_stays_ended(deployment, call, moment, how):
     job_id = _down(deployment)
     meanwhile = Meanwhile(deployment.calls, lambda: deployment.end(how, job_id), (call, moment))

@@ -1,8 +1,7 @@
 """Worker and collect killed at each of their calls on the way of a job through an asynchronous endpoint.
 
 What a crash may repeat is an invocation, which costs nothing by itself; never a charge. As in `test_kill.py`, the first
-test of a walk fails when its calls are no longer those that it names. AWS cannot tell a process that died after a call
-from one that died before its next: only the simplest walks are killed at both.
+test of a walk fails when its calls are no longer those that it names.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.calls import AFTER, BEFORE, MOMENTS, InOrder, Killed, Meanwhile
+from tests.faults.calls import AFTER, BEFORE, MOMENTS, InOrder, Killed, Meanwhile, Place, apart, places
 from tests.faults.deployment import LEASE, PRICE
 from tests.faults.endpoint import ASKED, ONE_TAKEN, TAKEN, TAKEN_SIDE_BY_SIDE, EndpointDeployment
 
@@ -34,18 +33,18 @@ class Walk:
     asked: int = 1
 
     @property
-    def places(self) -> list[tuple[str, str]]:
-        """Before and after each call, in their order."""
-        return list(itertools.product(self.calls, MOMENTS))
+    def gaps(self) -> list[Place]:
+        """The places that leave different things behind."""
+        return self.gaps_from(0)
 
-    @property
-    def gaps(self) -> list[tuple[str, str]]:
-        """Before each call, and after the last."""
-        return [*((call, BEFORE) for call in self.calls), (self.calls[-1], AFTER)]
+    def gaps_from(self, number: int) -> list[Place]:
+        """Return those that come after so many calls."""
+        return apart(places(self.calls[number:]))
 
-    def since(self, call: str, moment: str) -> list[tuple[str, str]]:
+    def since(self, call: str, moment: str) -> list[Place]:
         """Return the places from one on."""
-        return self.places[self.places.index((call, moment)) :]
+        every = places(self.calls)
+        return every[every.index((call, moment)) :]
 
 
 def _ids(name: str, place: tuple[str, str], *then: Callable[..., Any]) -> str:
@@ -150,13 +149,13 @@ def _returns() -> list[Any]:
     one, two = WALKS["one sample"], WALKS["one by one"]
     then: dict[str, list[tuple[list[tuple[str, str]], tuple[Callable[..., Any], ...]]]] = {
         "one sample": [
-            (one.places, (_message_returns,)),
-            (one.gaps[3:], (_sweep_comes_first,)),
-            (INVOKED, (_notice_comes, _notice_comes_too_early, _notice_comes_twice, _notice_is_lost)),
+            (one.gaps, (_message_returns,)),
+            (one.gaps_from(3), (_sweep_comes_first,)),
+            (apart(INVOKED), (_notice_comes, _notice_comes_too_early, _notice_comes_twice, _notice_is_lost)),
         ],
         "one by one": [
-            (two.gaps[2:], (_message_returns,)),
-            (two.gaps[two.gaps.index(("PutObject 1", BEFORE)) :], (_notice_comes,)),
+            (two.gaps_from(2), (_message_returns,)),
+            (two.gaps_from(two.calls.index("PutObject 1")), (_notice_comes,)),
         ],
         "unheard": [(WALKS["unheard"].gaps, (_message_returns,))],
     }
@@ -225,7 +224,7 @@ def test_a_job_whose_worker_always_dies_ends_though_its_notices_come_late(deploy
         deployment.assert_at_rest(job_id)
 
 
-@pytest.mark.parametrize(("call", "moment"), INVOKED)
+@pytest.mark.parametrize(("call", "moment"), apart(INVOKED))
 def test_a_notice_that_comes_while_the_worker_is_at_its_calls_is_heard_afterwards(deployment, call, moment):
     job_id = _queued(deployment)
 
@@ -258,7 +257,7 @@ ENDS = {"cancel": _end("cancel"), "delete": _end("delete"), "deadline": _sweep_g
 
 
 @pytest.mark.parametrize("how", ENDS)
-@pytest.mark.parametrize(("call", "moment"), WALKS["one sample"].gaps[3:])
+@pytest.mark.parametrize(("call", "moment"), WALKS["one sample"].gaps_from(3))
 def test_a_job_ended_between_two_calls_of_its_worker_stays_ended(deployment, call, moment, how):
     job_id = _queued(deployment)
     meanwhile = Meanwhile(deployment.calls, lambda: ENDS[how](deployment, job_id), (call, moment))
@@ -279,7 +278,7 @@ def _assert_late(deployment: EndpointDeployment, job_id: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "delete"])
-@pytest.mark.parametrize(("call", "moment"), INVOKED)
+@pytest.mark.parametrize(("call", "moment"), apart(INVOKED))
 def test_a_job_whose_worker_died_and_that_is_ended_before_its_notice_comes_leaves_no_picture(
     deployment, call, moment, how
 ):
@@ -400,7 +399,7 @@ def _collect_returns() -> list[Any]:
     return [
         pytest.param(name, *place, back, id=_ids(name, place, back))
         for name, backs in then.items()
-        for place in (COLLECTS[name].places if name == "one sample" else COLLECTS[name].gaps)
+        for place in COLLECTS[name].gaps
         for back in backs
     ]
 
@@ -509,7 +508,7 @@ def _sent_again(deployment: EndpointDeployment) -> str:
 
 
 @pytest.mark.parametrize("happens", [_worker_comes, _other_notice_comes])
-@pytest.mark.parametrize(("call", "moment"), COLLECTS["one by one"].gaps[1:])
+@pytest.mark.parametrize(("call", "moment"), COLLECTS["one by one"].gaps_from(1))
 def test_a_message_that_comes_between_two_calls_of_collect_changes_nothing(deployment, call, moment, happens):
     job_id = _sent_again(deployment)
     meanwhile = Meanwhile(deployment.calls, lambda: happens(deployment, job_id), (call, moment), TAKEN)
@@ -595,7 +594,7 @@ def test_the_walk_of_a_job_that_ends_while_it_is_collected_takes_every_call(depl
     assert deployment.calls.made == list(ENDED_MEANWHILE.calls)
 
 
-@pytest.mark.parametrize(("call", "moment"), ENDED_MEANWHILE.gaps[2:])
+@pytest.mark.parametrize(("call", "moment"), ENDED_MEANWHILE.gaps_from(2))
 @pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_a_collect_killed_after_its_job_was_ended_leaves_no_picture(deployment, how, call, moment):
     job_id = _one_answered(deployment)
@@ -650,7 +649,7 @@ def test_a_walk_takes_every_call_of_collect_and_of_publishing(deployment):
     _assert_published(deployment, job_id)
 
 
-@pytest.mark.parametrize(("call", "moment"), PUBLISHING.since("TransactWriteItems", BEFORE))
+@pytest.mark.parametrize(("call", "moment"), apart(PUBLISHING.since("TransactWriteItems", BEFORE)))
 def test_a_collect_killed_while_it_publishes_is_followed_by_one_that_completes_the_outbox(deployment, call, moment):
     job_id = PUBLISHING.prepare(deployment)
     deployment.kill_collect(call, moment)

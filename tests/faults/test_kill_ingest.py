@@ -5,14 +5,13 @@ As in `test_kill.py`, the first test of a walk fails when its calls are no longe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.faults.calls import AFTER, BEFORE, MOMENTS, InOrder, Meanwhile
+from tests.faults.calls import AFTER, BEFORE, MOMENTS, InOrder, Meanwhile, apart, places
 from tests.faults.deployment import IN_VAIN, LEASE, PRESET, PRICE, Deployment, short_lived
 from tests.system import Context
 
@@ -140,7 +139,7 @@ def _places(*names: str) -> list[Any]:
     return [
         pytest.param(name, call, moment, id=f"{name}-{moment} {call}")
         for name in names
-        for call, moment in itertools.product(WALKS[name].calls, MOMENTS)
+        for call, moment in apart(places(WALKS[name].calls))
     ]
 
 

@@ -5,7 +5,6 @@ As in `test_kill.py`, the first test of a walk fails when its calls are no longe
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.calls import AFTER, BEFORE, MOMENTS, InOrder, Kill, Killed, Meanwhile
+from tests.faults.calls import AFTER, BEFORE, MOMENTS, InOrder, Kill, Killed, Meanwhile, apart, places
 from tests.faults.deployment import (
     IN_VAIN,
     LEASE,
@@ -98,7 +97,7 @@ def _places(*names: str, again: bool = False) -> list[Any]:
     return [
         pytest.param(name, call, moment, id=f"{name}-{moment} {call}")
         for name in names
-        for call, moment in itertools.product(WALKS[name].again if again else WALKS[name].calls, MOMENTS)
+        for call, moment in apart(places(WALKS[name].again if again else WALKS[name].calls))
     ]
 
 
@@ -261,7 +260,7 @@ def test_a_walk_takes_every_call_of_giving_up(deployment, name):
     [
         pytest.param(name, call, moment, id=f"{name}-{moment} {call}")
         for name, given_up in GIVEN_UP.items()
-        for call, moment in itertools.product(given_up.calls, MOMENTS)
+        for call, moment in apart(places(given_up.calls))
     ],
 )
 def test_a_sweep_killed_while_it_gives_up_is_followed_by_one_that_completes_it(deployment, name, call, moment):

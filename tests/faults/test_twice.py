@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import uuid
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from img2img.flows.intake import Caller
 from img2img.flows.run import run_job
 from img2img.flows.submit import submit
 from img2img.requests import parse_request
-from tests.faults.calls import AFTER, BEFORE, MOMENTS, Meanwhile
+from tests.faults.calls import AFTER, BEFORE, Meanwhile, apart, places
 from tests.faults.deployment import (
     LEASE,
     ONE_BY_ONE,
@@ -32,7 +31,7 @@ TWO_SAMPLES = ("UpdateItem", "GetObject", *ONE_BY_ONE, "TransactWriteItems")
 
 
 def _places(calls: tuple[str, ...]) -> list[Any]:
-    return [pytest.param(call, moment, id=f"{moment} {call}") for call, moment in itertools.product(calls, MOMENTS)]
+    return [pytest.param(call, moment, id=f"{moment} {call}") for call, moment in apart(places(calls))]
 
 
 def _run_while(deployment: Deployment, happens: Callable[[], Any], place: tuple[str, str], order: Any = ()) -> None:
