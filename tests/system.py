@@ -333,6 +333,8 @@ def _create_buckets_and_secret() -> None:
 def _moto() -> MotoAPIBackend:
     """Put moto in place of AWS for this process."""
     mock_aws().start()
+    # The functions' session, there before they make a client of it.
+    boto3.setup_default_session()
     add_sequencers()
     make_fast()
     return moto_api_backend
