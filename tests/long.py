@@ -1,4 +1,4 @@
-"""Whether tests take their time: with `LONG=1`, as `make test-long` sets it."""
+"""Whether tests take their time: with `LONG=1`, as in `LONG=1 make test`."""
 
 from __future__ import annotations
 

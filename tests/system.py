@@ -372,17 +372,15 @@ def _empty(used: Mapping[str, Any]) -> bool:
     return True
 
 
-def make_team(client: Any, team: str = "default", key_id: str = API_KEY_ID) -> None:
+def create_team(services: bootstrap.Services, team: str = "default", key_id: str = API_KEY_ID) -> None:
     """Create a team with a million credits and one API key."""
-    teams = TeamStore(client, "jobs", clock=time.time)
+    _create_team(services.teams, services.credits, team, key_id)
+
+
+def _create_team(teams: TeamStore, books: Credits, team: str, key_id: str) -> None:
     teams.create(team)
     teams.add_key(key_id, team, label="test")
-    Credits(client, "jobs", clock=time.time).add(team, 1_000_000_000)
-
-
-def create_team(services: bootstrap.Services, team: str = "default", key_id: str = API_KEY_ID) -> None:
-    """Create a team with a million credits and one API key, with the clients of the functions."""
-    make_team(services._dynamodb, team, key_id)
+    books.add(team, 1_000_000_000)
 
 
 def _endpoint(*, asynchronous: bool) -> EndpointSpec:
@@ -419,6 +417,8 @@ def running_system(backend: str = "segmind", *, asynchronous: bool = True) -> It
         clock = Clock()
         services.clock = clock
         # By other clients than the functions', which are made when they are first needed, as in production.
-        make_team(own_client("dynamodb"))
+        ours = own_client("dynamodb")
+        books = Credits(ours, "jobs", clock=time.time)
+        _create_team(TeamStore(ours, "jobs", clock=time.time), books, "default", API_KEY_ID)
         yield System(services, segmind, clock, container, front)
         bootstrap.services.cache_clear()

@@ -40,7 +40,7 @@ def places(calls: Iterable[str]) -> list[Place]:
 def apart(walk: Iterable[Place]) -> list[Place]:
     """Return the places of a walk, one call after the other, that leave different things behind.
 
-    AWS cannot tell a process that died after a call from one that died before its next. `make test-long` goes to both.
+    AWS cannot tell a process that died after a call from one that died before its next. `LONG=1` goes to both.
     """
     following = list(walk)
     if LONG:

@@ -229,6 +229,17 @@ def test_unknown_orientation_is_none(orientation: int) -> None:
     assert_quadrants(prepared(encode(quadrants(), "JPEG", exif=oriented(orientation))))
 
 
+def in_a_process(program: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program with a file's path as its argument, with nothing but the package."""
+    return subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(Path(images.__file__).parents[1])},
+    )
+
+
 def test_broken_exif_is_no_broken_image_and_says_nothing(tmp_path: Path) -> None:
     """In a process of its own, as warnings are errors in this one."""
     broken = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03\0\0"
@@ -239,13 +250,7 @@ def test_broken_exif_is_no_broken_image_and_says_nothing(tmp_path: Path) -> None
         "print(len(images.prepare(data, width=8, height=8, fit='cover', max_pixels=10**6)) > 0);"
         "print('pillow_heif' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "broken.jpg")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": str(Path(images.__file__).parents[1])},
-    )
+    done = in_a_process(program, tmp_path / "broken.jpg")
     # The last line: what only HEIC needs is not loaded for a JPEG.
     assert (done.stdout.split(), done.stderr) == (["96", "True", "False"], "")
 
@@ -675,13 +680,7 @@ def test_no_byte_of_a_heic_header_kills_the_process() -> None:
         "        try: images.inspect(changed, max_pixels=10**6)\n"
         "        except errors.ServiceError: pass\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(EVENTS / "phone.heic")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": str(Path(images.__file__).parents[1])},
-    )
+    done = in_a_process(program, EVENTS / "phone.heic")
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -86,6 +86,12 @@ class Write:
     request: Mapping[str, Any]
     refusal: Refusal | None = None
 
+    @property
+    def item(self) -> Any:
+        """The entry as it is sent: a write that can be refused asks for the item as it stands."""
+        asked = {"ReturnValuesOnConditionCheckFailure": "ALL_OLD"} if self.refusal else {}
+        return {kind: {**write, **asked} for kind, write in self.request.items()}
+
 
 def put_once(table: str, item: Item, refusal: Refusal | None = None) -> Write:
     """Return the write of an item that is not there yet."""
@@ -98,19 +104,17 @@ def transact(client: DynamoDBClient, writes: Sequence[Write]) -> None:
     Raises the refusal of the first one, in the order given, whose condition failed and that has one; for anything else
     botocore's errors.
     """
-    items: list[Any] = [
-        {
-            kind: {**write, "ReturnValuesOnConditionCheckFailure": "ALL_OLD"} if refusal else write
-            for kind, write in request.items()
-        }
-        for request, refusal in ((write.request, write.refusal) for write in writes)
-    ]
+    items = [write.item for write in writes]
     try:
         through_conflicts(lambda: client.transact_write_items(TransactItems=items))
     except ClientError as error:
         reasons = _reasons(error)
-        for write, reason in zip(writes, reasons, strict=True) if len(reasons) == len(writes) else ():
-            if write.refusal and reason.get("Code") == "ConditionalCheckFailed":
-                refusal = write.refusal
-                raise refusal if isinstance(refusal, Exception) else refusal(reason.get("Item")) from None
+        if len(reasons) == len(writes):
+            for write, reason in zip(writes, reasons, strict=True):
+                if write.refusal and reason.get("Code") == "ConditionalCheckFailed":
+                    raise _refused(write.refusal, reason.get("Item")) from None
         raise
+
+
+def _refused(refusal: Refusal, held: Item | None) -> Exception:
+    return refusal if isinstance(refusal, Exception) else refusal(held)

@@ -93,9 +93,10 @@ def _saved(presets: Presets, name: str, own: Mapping[str, Any]) -> tuple[dict[st
         return {}, [FieldError("preset", missing.detail)]
     added = {key: value for key, value in stored.items() if key in PARAMETERS and key not in own}
     values, errors = parse_fields(added, _OF_PARAMETERS)
-    # Known by its name, so that it counts as given; it is refused all the same.
-    values |= {error.field: None for error in errors}
-    return values, [FieldError("preset", f"{name} has a {error.field} that {error.detail}") for error in errors]
+    # What is wrong counts as given all the same: it is refused once, not missed as well.
+    return {**added, **values}, [
+        FieldError("preset", f"{name} has a {error.field} that {error.detail}") for error in errors
+    ]
 
 
 def parse_json(body: bytes, content_type: str, *, accepted: str = "application/json") -> Any:

@@ -132,6 +132,11 @@ class Job:
         return max((output.seconds for output in self.outputs), default=0.0)
 
     @property
+    def unclaimed_status(self) -> Status:
+        """Where the job stands when no worker has it: at its backends, or in the queue."""
+        return Status.PROCESSING if self.pending else Status.QUEUED
+
+    @property
     def is_understood(self) -> bool:
         """Whether this version knows the values that decide what becomes of the job. What a newer one stored before it
         was rolled back is shown and left alone.

@@ -183,7 +183,7 @@ class JobStore:
             "failures = :failures, backend = :backend, backend_reason = :reason REMOVE lease ADD attempts :uncounted",
             still_ours,
             {
-                ":status": text(Status.PROCESSING if job.pending else Status.QUEUED),
+                ":status": text(job.unclaimed_status),
                 ":due": number(due_at),
                 ":outputs": outputs_json(job.outputs),
                 ":pending": pending_json(job.pending),
@@ -209,7 +209,7 @@ class JobStore:
             "SET #status = :status REMOVE lease ADD attempts :uncounted",
             still_ours,
             {
-                ":status": text(Status.PROCESSING if job.pending else Status.QUEUED),
+                ":status": text(job.unclaimed_status),
                 ":uncounted": number(-1),
                 ":lease": text(job.lease or ""),
             },
