@@ -17,7 +17,8 @@ SAFETY_CHECKER ?= off
 # Where `endpoint-image` pushes to. A tag is never pushed twice: the stack would not see that its image has changed.
 REPOSITORY ?= img2img-endpoint
 TAG ?= $(shell date -u +%Y%m%d-%H%M%S)
-WORKERS ?= 2
+# One more than two cores: many tests wait for processes and threads of their own.
+WORKERS ?= 3
 SAM_VERSION := 1.170.0
 
 PY := .venv/bin/python
@@ -41,12 +42,14 @@ in_region = $(if $(REGION),--region $(REGION))
 # The operator's command line.
 OPERATE = $(PY) -m img2img --stack $(STACK) $(in_region)
 
-.PHONY: help install run demo test test-endpoint lint build deploy secret model endpoint-image admin logs bench bench-endpoint clean
+.PHONY: help install install-endpoint run demo test test-endpoint test-long coverage lint build deploy secret model endpoint-image admin logs bench bench-endpoint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(DEV) $(SAM_CLI) ## Install all tools into .venv and .venv-sam; the other targets do it as needed
+
+install-endpoint: $(ENDPOINT_DEV) ## The same for the endpoint's container, into .venv-endpoint
 
 run: $(RUN) $(if $(filter sagemaker auto,$(BACKEND)),$(ENDPOINT_RUN)) ## Run the whole system on this machine: http://127.0.0.1:3000/v1 (SEGMIND_API_KEY=... for the real Segmind; BACKEND=sagemaker|auto with MODEL=FOLDER_OR_HUB_NAME and SAGEMAKER_INVOCATION=realtime; ARGS="--port 3100")
 	@$(PY) -m local run $(ARGS)
@@ -59,6 +62,12 @@ test: $(DEV) $(SAM_CLI) ## Run the tests; ARGS="tests/unit -k name" picks some
 
 test-endpoint: $(ENDPOINT_DEV) ## Run the tests of the SageMaker endpoint's container; ARGS="-k name" picks some
 	$(ENDPOINT_PY) -m pytest -n $(WORKERS) --dist loadfile tests/endpoint $(ARGS)
+
+test-long: ## Run all tests at length: every place of the fault walks, ten times the random examples
+	LONG=1 $(MAKE) test test-endpoint
+
+coverage: $(DEV) $(SAM_CLI) ## Run the tests and say which lines and branches they miss
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered --cov-report=json:out/coverage.json $(ARGS)
 
 lint: $(DEV) ## Check style, types and the template
 	$(PY) -m ruff check .

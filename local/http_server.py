@@ -19,6 +19,8 @@ HOST = "127.0.0.1"
 # socket answers with a reset, which throws the answer away. So much is read and dropped, and for so long.
 _DRAIN_BYTES = 256 * 2**20
 _DRAIN_SECONDS = 15.0
+# How long a server that ends may still wait for a client. The tests end hundreds.
+_POLL_SECONDS = 0.01
 
 
 class LoopbackServer(ThreadingHTTPServer):
@@ -32,7 +34,7 @@ class LoopbackServer(ThreadingHTTPServer):
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._guard = threading.Lock()
         self._stopping = False
-        self._loop = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        self._loop = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": _POLL_SECONDS}, daemon=True)
         super().__init__((HOST, port), handler)
 
     @property

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from moto import backends
+from moto.core.serialize import ResponseSerializer
 from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.table import Table
+from moto.dynamodb.parsing.ast_nodes import DepthFirstTraverser
 
 
 def make_fast() -> None:
@@ -16,6 +18,11 @@ def make_fast() -> None:
     # It lists the folder of its modules for every request.
     modules = tuple(backends.list_of_moto_modules())
     backends.list_of_moto_modules = lambda: modules
+    # It looks for each member of an answer under all the names that it may have in a Python object, for every attribute
+    # of every item. DynamoDB's answers are dicts with AWS's own names.
+    ResponseSerializer.get_value = _own_names_in_dynamodb(ResponseSerializer.get_value)
+    # It makes this tuple anew for every node of every expression.
+    DepthFirstTraverser.nodes_to_be_processed = _once_a_class(DepthFirstTraverser.nodes_to_be_processed)
     # It copies the whole table for every write of a transaction, in case the transaction fails. Instead, what the
     # transaction touches is kept.
     for owner, name, better in (
@@ -23,6 +30,27 @@ def make_fast() -> None:
         (DynamoDBBackend, "transact_write_items", _undone_on_failure(DynamoDBBackend.transact_write_items)),
     ):
         setattr(owner, name, better)
+
+
+def _own_names_in_dynamodb(original: Any) -> Any:
+    def get_value(serializer: Any, value: Any, key: str, shape: Any) -> Any:
+        if type(value) is dict and serializer.operation_model.service_model.service_name == "dynamodb":
+            return value.get(key)
+        return original(serializer, value, key, shape)
+
+    return get_value
+
+
+def _once_a_class(original: Any) -> Any:
+    known: dict[type, Any] = {}
+
+    def nodes_to_be_processed(traverser: Any) -> Any:
+        kind = type(traverser)
+        if kind not in known:
+            known[kind] = original(traverser)
+        return known[kind]
+
+    return nodes_to_be_processed
 
 
 def _undone_on_failure(original: Any) -> Any:

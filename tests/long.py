@@ -1,7 +1,12 @@
-"""Whether tests take their time: with `LONG=1`, as in `LONG=1 make test`."""
+"""Whether tests take their time: `make test-long` sets `LONG=1`."""
 
 from __future__ import annotations
 
 import os
 
 LONG = bool(os.environ.get("LONG"))
+
+
+def examples(count: int) -> int:
+    """Return how many examples a random test draws that draws so many in a short run."""
+    return count * 10 if LONG else count

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from endpoint.engine import Engine, to_image
 from endpoint.model import SCHEDULERS
 from tests.endpoint.asked import Watched, assert_equal, grid, picture, request
+from tests.long import examples
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -51,7 +52,12 @@ def requests(draw):
     )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=examples(12),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
 @given(
     asked=st.lists(requests(), min_size=2, max_size=8),
     chance=st.randoms(use_true_random=False),

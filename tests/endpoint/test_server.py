@@ -18,6 +18,7 @@ from PIL import Image
 
 from endpoint.model import SCHEDULERS, save_tiny
 from tests.endpoint.served import ASKED, IMAGE, LONG, encoded, picture, serving
+from tests.long import examples
 
 # On a machine that does much else, the few steps below may take longer than SageMaker grants.
 UNHURRIED = "from endpoint import process\nprocess.DRAIN_SECONDS = 50"
@@ -250,7 +251,7 @@ BODIES = st.one_of(
 def test_malformed_requests_in_between_harm_nobody(server):
     expected = pictured(server.invoke(ASKED))
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=examples(60), deadline=None)
     @given(BODIES)
     def refused(body):
         answer = server.call("POST", "/invocations", body, Content_Type="application/json")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from img2img.params import FIELDS, SCHEDULERS
+from tests.long import examples
 from tests.system import ROOT, Answer, System, running_system
 
 UPLOAD_ID = "upl_01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -699,7 +700,7 @@ def test_any_body_is_refused_with_a_problem_or_makes_a_job(system):
     before, books = state(system), system.books()
 
     # The same bodies everywhere: a build does not fail by chance.
-    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=examples(200), deadline=None, derandomize=True, database=None)
     @given(
         body=st.one_of(
             NEAR_MISSES.map(lambda fields: good(**fields)),

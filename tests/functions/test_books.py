@@ -46,6 +46,7 @@ from img2img.flows import generate as samples
 from local import segmind
 from tests.faults.calls import MOMENTS, SEED, Calls, Kill, Killed
 from tests.faults.deployment import LEASE, short_lived
+from tests.long import examples
 from tests.system import Clock, Context, System, fresh_aws, function, rest_event, running_system
 
 T = TypeVar("T")
@@ -741,7 +742,7 @@ def test_whatever_happens_the_books_are_right(deployment):
     run_state_machine_as_test(
         Run,
         settings=settings(
-            max_examples=25,
+            max_examples=examples(10),
             stateful_step_count=40,
             deadline=None,
             database=None,

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from img2img.errors import ImageUnreachable, ServiceError, TooLarge
 from img2img.fetch import Fetcher, IPAddress, is_public
 from tests.https_server import BOUND, Behaviour, Server, answer, certificates, loopback, ok, redirect, repeat, resolver
+from tests.long import examples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -419,7 +420,7 @@ def test_refuses_a_hostile_url(url: str) -> None:
     assert isinstance(refused(fetcher, url), ImageUnreachable)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.text(max_size=30), st.sampled_from(["", "https://", "https://127.0.0.1/", "https://[::1]:", "//"]))
 def test_any_text_is_refused_in_order(text: str, start: str) -> None:
     fetcher = Fetcher(max_bytes=MAX_BYTES, resolve=numeric_only, is_public=lambda address: False)
@@ -454,7 +455,7 @@ def test_special_ranges_are_not_public(network: str) -> None:
     assert not any(is_public(address) for address in (special.network_address, middle, special.broadcast_address))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.ip_addresses(v=4))
 def test_an_embedded_ipv4_address_is_never_public(address: ipaddress.IPv4Address) -> None:
     value = int(address)
@@ -468,7 +469,7 @@ def test_an_embedded_ipv4_address_is_never_public(address: ipaddress.IPv4Address
     assert not any(is_public(each) for each in embedded)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.ip_addresses())
 def test_a_public_address_is_nothing_else(address: IPAddress) -> None:
     if is_public(address):

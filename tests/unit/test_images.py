@@ -19,6 +19,7 @@ from PIL import Image, ImageChops, ImageCms, ImageStat
 
 from img2img import images
 from img2img.errors import ServiceError, TooLarge, UnsupportedImage
+from tests.long import examples
 
 pillow_heif.register_heif_opener()
 
@@ -279,7 +280,7 @@ def test_stretch_shows_all_of_it() -> None:
     assert_quadrants(prepared(encode(quadrants(300, 40), "PNG"), 64, 96))
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=examples(60), deadline=None, database=None)
 @given(
     st.tuples(st.integers(1, 300), st.integers(1, 300)),
     st.tuples(st.sampled_from([512, 768]), st.sampled_from([512, 768])),
@@ -638,7 +639,7 @@ def only_service_errors(data: bytes) -> None:
             assert error.detail  # noqa: PT017
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=examples(150), deadline=None, database=None)
 @given(
     st.sampled_from(
         [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"MM\0*", b"RIFF\0\0\0\x40WEBP",
@@ -650,13 +651,13 @@ def test_random_bytes_raise_nothing_else(signature: bytes, rest: bytes) -> None:
     only_service_errors(signature + rest)
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=examples(150), deadline=None, database=None)
 @given(st.sampled_from(sorted(SAMPLES)), st.floats(0, 1))
 def test_truncations_raise_nothing_else(name: str, share: float) -> None:
     only_service_errors(SAMPLES[name][: int(len(SAMPLES[name]) * share)])
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=examples(300), deadline=None, database=None)
 @given(
     st.sampled_from(sorted(SAMPLES)),
     st.lists(st.tuples(st.integers(0, 2**20), st.sampled_from([64, 1024, 2**20]), st.integers(0, 255)), min_size=1),

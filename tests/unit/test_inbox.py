@@ -26,6 +26,7 @@ from img2img.jobs.inbox import (
     read_notices,
 )
 from img2img.params import PARAMETERS
+from tests.long import examples
 from tests.system import fresh_aws, queue_url
 
 JOB = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -196,7 +197,9 @@ def received() -> list[str]:
     return [message["Body"] for message in messages]
 
 
-@settings(max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(80), deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(names)
 @example("a b+c%20d%2B&e=f?g#h;i:j@k!l$m'n(o)p*q,r")
 @example("100%")
@@ -304,7 +307,7 @@ def test_what_is_no_parameter_is_left_out():
     assert parameters_in({}) == {}
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=examples(300), deadline=None, database=None)
 @given(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
     | st.from_regex(r"(=\?[a-z0-9-]{0,9}\?[bqBQx]\?[ -~]{0,9}\?= ?){1,3}", fullmatch=True)

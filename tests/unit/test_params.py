@@ -26,6 +26,7 @@ from img2img.params import (
 )
 from img2img.requests import Img2ImgRequest, parse_preset, parse_request
 from img2img.values import ImageUrl, InlineImage, UploadId, parser_of
+from tests.long import examples
 
 PICTURE = base64.b64encode(b"some picture").decode()
 UPLOAD = "upl_01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -416,7 +417,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=600, deadline=None, database=None)
+@settings(max_examples=examples(600), deadline=None, database=None)
 @given(st.sampled_from(list(FIELDS)), json_values)
 @example("samples", -0.0)
 @example("image", "https://e/\ud800")
@@ -434,7 +435,7 @@ def test_any_value_is_read_or_its_field_is_named(field: str, value: Any) -> None
         assert read({**request.params.as_dict(), "image": PICTURE}).params == request.params
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=examples(200), deadline=None, database=None)
 @given(st.dictionaries(st.sampled_from(list(FIELDS)) | st.text(max_size=8), json_values, max_size=6))
 def test_any_body_is_read_or_invalid(body: dict[str, Any]) -> None:
     try:
@@ -472,7 +473,7 @@ def test_parameters_alone_are_checked_together() -> None:
     assert {error.field: error.detail for error in caught.value.errors} == wrong(**body)
 
 
-@settings(max_examples=600, deadline=None, database=None)
+@settings(max_examples=examples(600), deadline=None, database=None)
 @given(st.sampled_from(list(FIELDS)) | st.text(max_size=8), json_values)
 @example("samples", 5)
 @example("image", "http://example.com/a.jpg")
@@ -554,7 +555,7 @@ def test_a_preset_must_be_an_object(body: Any) -> None:
     assert [error.field for error in caught.value.errors] == ["body"]
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=examples(300), deadline=None, database=None)
 @given(st.dictionaries(st.sampled_from(list(PARAMETERS)), json_values, max_size=4))
 def test_what_a_preset_keeps_is_read_again_as_the_same(body: dict[str, Any]) -> None:
     try:

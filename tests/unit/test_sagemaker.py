@@ -32,6 +32,7 @@ from local.sagemaker import SageMaker
 from local.segmind import SegmindStandIn
 from local.template import AsyncSpec, EndpointSpec
 from tests.container import FakeContainer, painted
+from tests.long import examples
 from tests.system import fresh_aws
 
 BUCKET = "uploads"
@@ -514,7 +515,7 @@ def holding(body: bytes) -> SageMakerBackend:
 
 
 @given(st.binary(max_size=60) | (json_values | answers).map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_answer_is_a_picture_or_broken(body):
     try:
         found = holding(body).answer(pending(), None)
@@ -681,7 +682,7 @@ envelopes = st.fixed_dictionaries({"Message": json_values | (json_values | parts
 
 
 @given(st.text(max_size=40) | envelopes.map(json.dumps))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_any_message_is_a_notice_or_refused_as_promised(body):
     try:
         found = read_notice(body)
