@@ -1,4 +1,4 @@
-"""What moto does slowly: to a system that runs for a while, its cost would grow with every job."""
+"""What moto does slowly: some of it would cost more with every job of a system that runs for a while."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from moto import backends
 from moto.core.serialize import ResponseSerializer
 from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.table import Table
-from moto.dynamodb.parsing.ast_nodes import DepthFirstTraverser
+from moto.dynamodb.parsing.ast_nodes import DepthFirstTraverser  # type: ignore[attr-defined]
 
 
 def make_fast() -> None:
-    """Have moto of this process take as long for the thousandth call as for the first."""
+    """Have moto of this process answer sooner, and the thousandth call as soon as the first."""
     # It lists the folder of its modules for every request.
     modules = tuple(backends.list_of_moto_modules())
     backends.list_of_moto_modules = lambda: modules
-    # It looks for each member of an answer under all the names that it may have in a Python object, for every attribute
-    # of every item. DynamoDB's answers are dicts with AWS's own names.
-    ResponseSerializer.get_value = _own_names_in_dynamodb(ResponseSerializer.get_value)
-    # It makes this tuple anew for every node of every expression.
-    DepthFirstTraverser.nodes_to_be_processed = _once_a_class(DepthFirstTraverser.nodes_to_be_processed)
-    # It copies the whole table for every write of a transaction, in case the transaction fails. Instead, what the
-    # transaction touches is kept.
     for owner, name, better in (
+        # It copies the whole table for every write of a transaction, in case the transaction fails. Instead, what the
+        # transaction touches is kept.
         (Table, "__deepcopy__", lambda table, _memo: table),
         (DynamoDBBackend, "transact_write_items", _undone_on_failure(DynamoDBBackend.transact_write_items)),
+        # It looks for each member of an answer under all the names that it may have in a Python object, for every
+        # attribute of every item. DynamoDB's answers are dicts with AWS's own names.
+        (ResponseSerializer, "get_value", _own_names_in_dynamodb(ResponseSerializer.get_value)),
+        # It makes this tuple anew for every node of every expression.
+        (DepthFirstTraverser, "nodes_to_be_processed", _once_a_class(DepthFirstTraverser.nodes_to_be_processed)),
     ):
         setattr(owner, name, better)
 
