@@ -33,6 +33,7 @@ RUN := .venv/.run
 DEV := .venv/.dev
 ENDPOINT_RUN := .venv-endpoint/.run
 ENDPOINT_DEV := .venv-endpoint/.dev
+MUTANTS := .venv-mutants/.run
 SAM_CLI := .venv-sam/.sam-$(SAM_VERSION)
 
 # Without MAKEFLAGS: a PYTHON given to this make would reach the layer's and win over ours, which has pip.
@@ -42,7 +43,7 @@ in_region = $(if $(REGION),--region $(REGION))
 # The operator's command line.
 OPERATE = $(PY) -m img2img --stack $(STACK) $(in_region)
 
-.PHONY: help install install-endpoint run demo test test-endpoint test-long coverage lint build deploy secret model endpoint-image admin logs bench bench-endpoint clean
+.PHONY: help install install-endpoint run demo test test-endpoint test-long coverage mutants lint build deploy secret model endpoint-image admin logs bench bench-endpoint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +69,9 @@ test-long: ## Run all tests at length: every place of the fault walks, ten times
 
 coverage: $(DEV) $(SAM_CLI) ## Run the tests and say which lines and branches they miss
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered --cov-report=json:out/coverage.json $(ARGS)
+
+mutants: $(DEV) $(MUTANTS) ## Show what the fault walks of `make test` miss and those of `make test-long` see: ARGS="--count 120 --seed 11"
+	.venv-mutants/bin/python -m tests.mutants $(ARGS)
 
 lint: $(DEV) ## Check style, types and the template
 	$(PY) -m ruff check .
@@ -108,10 +112,10 @@ bench-endpoint: $(ENDPOINT_DEV) ## Measure the endpoint against diffusers: ARGS=
 	@TRANSFORMERS_VERBOSITY=error $(ENDPOINT_PY) -m tests.endpoint.bench $(ARGS)
 
 clean: ## Remove everything that was installed, built or cached
-	rm -rf .venv .venv-sam .venv-endpoint .aws-sam .local .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sam .venv-endpoint .venv-mutants .aws-sam .local .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find endpoint events functions layers local tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python .venv-sam/bin/python .venv-endpoint/bin/python:
+.venv/bin/python .venv-sam/bin/python .venv-endpoint/bin/python .venv-mutants/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, for example: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(firstword $(subst /, ,$@))
 
@@ -131,6 +135,10 @@ $(ENDPOINT_RUN): endpoint/requirements.txt | .venv-endpoint/bin/python
 
 $(ENDPOINT_DEV): tests/endpoint/requirements.txt $(ENDPOINT_RUN)
 	$(ENDPOINT_PY) -m pip install --quiet -r endpoint/requirements.txt -r $<
+	@touch $@
+
+$(MUTANTS): tests/mutants/requirements.txt | .venv-mutants/bin/python
+	.venv-mutants/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 # On its own: SAM CLI pins packages that the tests have in other versions.
