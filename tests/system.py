@@ -94,6 +94,7 @@ def rest_event(
     headers: Mapping[str, str] | None = None,
     query: Mapping[str, str] | None = None,
     key_id: str = API_KEY_ID,
+    stage: str = "v1",
 ) -> dict[str, Any]:
     """Return the event that API Gateway makes of a request. A dict is sent as JSON, bytes as a binary body."""
     sent = {"Host": "api.example", "X-Forwarded-Proto": "https", "Accept": "*/*", **(headers or {})}
@@ -115,8 +116,8 @@ def rest_event(
         "requestContext": {
             "requestId": request_id,
             "extendedRequestId": request_id,
-            "stage": "v1",
-            "path": f"/v1{path}",
+            "stage": stage,
+            "path": f"/{stage}{path}",
             "resourcePath": path,
             "httpMethod": method,
             "domainName": "api.example",
@@ -163,7 +164,23 @@ class System:
         key_id: str = API_KEY_ID,
     ) -> Answer:
         """Send one request and return its answer. Another `key_id` is another caller."""
-        raw = function("api").handler(rest_event(method, path, body, headers, query, key_id), Context())
+        return self._answer("api", rest_event(method, path, body, headers, query, key_id))
+
+    def compatible(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        key_id: str = API_KEY_ID,
+    ) -> Answer:
+        """Send one request to the Segmind-compatible API, whose gateway takes every body for binary."""
+        sent = {"Content-Type": "application/json", **(headers or {})}
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._answer("segmind", rest_event(method, path, data, sent, None, key_id, stage="segmind"))
+
+    def _answer(self, name: str, event: dict[str, Any]) -> Answer:
+        raw = function(name).handler(event, Context())
         content = raw["body"] or ""
         return Answer(
             raw["statusCode"],

@@ -28,7 +28,7 @@ from tests.system import ROOT, Answer, System, running_system
 UPLOAD_ID = "upl_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 JOB_ID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 READABLE = "accepted are JPEG, PNG, WebP, HEIC/HEIF, AVIF, GIF and TIFF"
-MEMBERS = {"type", "title", "status", "detail", "code", "errors"}
+MEMBERS = {"type", "title", "status", "detail", "error", "code", "errors"}
 # A traceback, a class or a file of the code.
 INSIDES = re.compile(
     r"Traceback|File \"|\.py\b|\w+(Error|Exception|Warning)\b|botocore|boto3|PIL\b|pillow|object at 0x"
@@ -72,6 +72,8 @@ def assert_problem(answer: Answer, status: int, code: str) -> Any:
     assert set(problem) == MEMBERS
     assert (problem["status"], problem["code"], problem["type"]) == (status, code, "about:blank")
     assert problem["title"]
+    # Where Segmind's clients look.
+    assert problem["error"] == problem["detail"]
     assert problem["detail"]
     assert all(set(error) == {"field", "detail"} for error in problem["errors"])
     assert not INSIDES.search(answer.content.decode())

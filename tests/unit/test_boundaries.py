@@ -85,7 +85,7 @@ def attributes(tree: ast.AST) -> set[str]:
 
 def test_there_is_something_to_check():
     assert {"bootstrap", "settings", "flows.submit", "flows.ending", "backends.segmind"} <= set(MODULES)
-    assert set(HANDLERS) == {"api", "worker", "ingest", "collect", "sweep"}
+    assert set(HANDLERS) == {"api", "segmind", "worker", "ingest", "collect", "sweep"}
 
 
 def test_only_handlers_see_events():

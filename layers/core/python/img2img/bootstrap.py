@@ -15,6 +15,7 @@ from img2img.errors import BackendUnreachable
 from img2img.jobs.objects import Storage
 from img2img.jobs.outbox_index import OutboxIndex
 from img2img.jobs.queues import JobQueue, Queue
+from img2img.jobs.repeats import RepeatStore
 from img2img.jobs.store import JobStore
 from img2img.money.credits import Credits
 from img2img.money.prices import PriceTable
@@ -81,6 +82,11 @@ class Services:
             retention_days=self.settings.retention_days,
             clock=self.clock,
         )
+
+    @cached_property
+    def repeats(self) -> RepeatStore:
+        """What ties requests that are sent again to their jobs."""
+        return RepeatStore(self._dynamodb, self.settings.jobs_table, clock=self.clock)
 
     @cached_property
     def teams(self) -> TeamStore:

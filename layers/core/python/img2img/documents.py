@@ -69,6 +69,7 @@ def pipeline_document(job: Job) -> dict[str, Any]:
             "total_ms": _between(job.created_ms, job.completed_ms),
         },
         "credits": asdict(job.credits),
+        "via": job.via,
         "source": asdict(job.source) if job.source else None,
         "metadata": dict(job.metadata),
     }
@@ -133,6 +134,8 @@ def problem_document(error: ServiceError, **members: Any) -> dict[str, Any]:
         "title": error.title,
         "status": error.status,
         "detail": error.detail,
+        # Where Segmind's clients look for it.
+        "error": error.detail,
         "code": error.code,
         "errors": [{"field": item.field, "detail": item.detail} for item in error.errors],
         **error.members,

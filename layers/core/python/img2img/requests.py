@@ -134,6 +134,19 @@ def parse_request(body: Any, presets: Presets, *, required: tuple[str, ...] = ("
     )
 
 
+def parse_lenient_request(body: Any, presets: Presets) -> tuple[Img2ImgRequest, tuple[str, ...]]:
+    """Check a body as `parse_request` does, but for unknown fields, which are left out and returned by name.
+
+    `negativePrompt`, which a client of Segmind's sends beside it, counts as `negative_prompt`.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest.of_field("body", "must be a JSON object")
+    renamed = {"negative_prompt": body["negativePrompt"]} if "negativePrompt" in body else {}
+    given = {**renamed, **body}
+    ignored = tuple(name for name in given if name not in FIELDS and name != "negativePrompt")
+    return parse_request({name: value for name, value in given.items() if name in FIELDS}, presets), ignored
+
+
 def are_known(params: Img2ImgParams) -> bool:
     """Whether this version would take these parameters: a newer one may have stored them."""
     given = {name: value for name, value in params.as_dict().items() if value != PARAMETERS[name].default}

@@ -21,7 +21,7 @@ from img2img.flows.intake import Caller, RemainingTime, Submission, create, inpu
 from img2img.flows.outbox import outbox_of
 from img2img.jobs.guards import OBJECT_GUARD_TTL, Guard
 from img2img.jobs.inbox import AwaitedUpload, InboxFile, NewObject, NotAttributable, parameters_in, place_of
-from img2img.jobs.job import RESEND_AFTER, Job, Source, Status, given_up
+from img2img.jobs.job import RESEND_AFTER, Job, Source, Status, Via, given_up
 from img2img.params import Img2ImgParams
 from img2img.requests import Img2ImgRequest, parse_request
 
@@ -49,7 +49,7 @@ def ingest(services: Services, new: NewObject, *, correlation_id: str, context: 
         services.teams.get(place.team)
     except NotFound:
         raise NotAttributable("there is no such team") from None
-    caller = Caller(place.team, INBOX_KEY, correlation_id)
+    caller = Caller(place.team, INBOX_KEY, correlation_id, Via.INBOX)
     guard = Guard(place.team, f"{new.key}#{new.version}", "", kind="OBJECT", ttl=OBJECT_GUARD_TTL)
     try:
         return once(services, guard, context, lambda: _make(services, caller, place, new, guard), prefix="object")

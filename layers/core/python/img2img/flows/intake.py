@@ -21,7 +21,7 @@ from img2img.errors import (
 )
 from img2img.ids import new_id
 from img2img.jobs.guards import GUARD_TTL, EarlierJob, Guard
-from img2img.jobs.job import RESEND_AFTER, Job, Source, Status
+from img2img.jobs.job import RESEND_AFTER, Job, Source, Status, Via
 
 if TYPE_CHECKING:
     from img2img.bootstrap import Services
@@ -39,6 +39,7 @@ class Caller:
     team: str
     key_id: str
     correlation_id: str
+    via: Via = Via.API
 
 
 class RemainingTime(Protocol):
@@ -87,6 +88,7 @@ def new_job(
         params=params,
         metadata=request.metadata,
         backend=services.settings.first_backend,
+        via=caller.via,
         source=source,
         credits=services.prices.quote(params, services.settings.first_backend),
         created_ms=int(now * 1000),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from img2img import images
 from img2img.flows.intake import Caller, RemainingTime, Submission, create, guard_of, input_of, new_job, once, send
+from img2img.jobs.guards import Guard
 from img2img.requests import Img2ImgRequest
 from img2img.values import ImageUrl, InlineImage, UploadId
 
@@ -36,12 +37,15 @@ def submit(
     payload, `InsufficientCredits` and `TeamDisabled` about the team.
     """
     guard = guard_of(caller, idempotency_key, request.fingerprint)
+    if guard is None:
+        return make(services, caller, request)
+    return once(services, guard, context, lambda: make(services, caller, request, guard), prefix="create")
 
-    def make() -> Submission:
-        job = new_job(services, caller, request)
-        made = create(services, job, input_of(services, job, _image_bytes(services, caller.team, request)), guard)
-        if not made.job.status.is_terminal:
-            send(services, made.job)
-        return made
 
-    return once(services, guard, context, make, prefix="create") if guard else make()
+def make(services: Services, caller: Caller, request: Img2ImgRequest, guard: Guard | None = None) -> Submission:
+    """Create a job and ask a worker to run it, or find the one that the guard holds; raises as `submit` does."""
+    job = new_job(services, caller, request)
+    made = create(services, job, input_of(services, job, _image_bytes(services, caller.team, request)), guard)
+    if not made.job.status.is_terminal:
+        send(services, made.job)
+    return made

@@ -1,9 +1,9 @@
-"""What keeps an idempotency key, or a version of an object, from making a second job."""
+"""What keeps an idempotency key, a version of an object, or a request sent again from making a second job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from img2img.dynamo import WRITTEN_ONCE, Item, Write, number, text
 
@@ -23,7 +23,8 @@ class EarlierJob(Exception):
 
 @dataclass(frozen=True)
 class Guard:
-    """Ties an idempotency key, or a version of an object, to one job in the transaction that creates the job.
+    """Ties an idempotency key, a version of an object, or a request by its content (`REPEAT`) to one job, in the
+    transaction that creates the job.
 
     `ttl` is how long it holds, in seconds.
     """
@@ -31,13 +32,23 @@ class Guard:
     team: str
     key: str
     fingerprint: str
-    kind: Literal["GUARD", "OBJECT"] = "GUARD"
+    kind: Literal["GUARD", "OBJECT", "REPEAT"] = "GUARD"
     ttl: int = GUARD_TTL
 
     @property
     def pk(self) -> str:
         """The guard's partition key."""
         return f"{self.kind}#{self.team}#{self.key}"
+
+    def item(self, job_id: str, *, now: int) -> dict[str, Any]:
+        """Return what ties the guard to a job from `now` on, in epoch seconds."""
+        return {
+            "pk": text(self.pk),
+            "sk": text("GUARD"),
+            "job_id": text(job_id),
+            "fingerprint": text(self.fingerprint),
+            "expires_at": number(now + self.ttl),
+        }
 
     def write(self, table: str, job_id: str, *, now: int) -> Write:
         """Return the write that ties the guard to a job at `now`, in epoch seconds; refused with `EarlierJob`."""
@@ -46,13 +57,7 @@ class Guard:
             {
                 "Put": {
                     "TableName": table,
-                    "Item": {
-                        "pk": text(self.pk),
-                        "sk": text("GUARD"),
-                        "job_id": text(job_id),
-                        "fingerprint": text(self.fingerprint),
-                        "expires_at": number(now + self.ttl),
-                    },
+                    "Item": self.item(job_id, now=now),
                     "ConditionExpression": f"{WRITTEN_ONCE} OR {gone_by_now}",
                     "ExpressionAttributeValues": {":now": number(now)},
                 }

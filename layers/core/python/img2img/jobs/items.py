@@ -12,7 +12,7 @@ from aws_lambda_powertools import Logger
 from img2img.backends import Pending, Wait
 from img2img.dynamo import Item, integer_in, number, string_in, text
 from img2img.errors import NotUnderstood
-from img2img.jobs.job import Job, Output, OutputStatus, Source, Status
+from img2img.jobs.job import Job, Output, OutputStatus, Source, Status, Via
 from img2img.money.prices import Receipt
 from img2img.params import Img2ImgParams
 from img2img.stored import known_fields
@@ -54,6 +54,7 @@ def to_item(job: Job) -> dict[str, Any]:
         "params": text(json.dumps(job.params.as_dict())),
         "metadata": text(json.dumps(dict(job.metadata))),
         "backend": text(job.backend),
+        "via": text(job.via),
         "created_ms": number(job.created_ms),
         "deadline_at": number(job.deadline_at),
         "attempts": number(0),
@@ -108,6 +109,9 @@ def _to_job(item: Item) -> Job:
     def stored(name: str, empty: str) -> Any:
         return json.loads(string_in(item, name) or empty)
 
+    source = known_fields(Source, stored("source", "{}")) if "source" in item else None
+    # The first version did not write it down.
+    was = Via.INBOX if source and source.key.startswith("inbox/") else Via.API
     return Job(
         id=string_in(item, "sk").removeprefix("JOB#"),
         team=string_in(item, "pk").removeprefix("TEAM#"),
@@ -118,7 +122,8 @@ def _to_job(item: Item) -> Job:
         metadata=stored("metadata", "{}"),
         backend=string_in(item, "backend"),
         backend_reason=string_in(item, "backend_reason"),
-        source=known_fields(Source, stored("source", "{}")) if "source" in item else None,
+        via=Via(string_in(item, "via") or was),
+        source=source,
         created_ms=integer_in(item, "created_ms"),
         started_ms=integer("started_ms"),
         completed_ms=integer("completed_ms"),

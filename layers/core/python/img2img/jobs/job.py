@@ -60,6 +60,14 @@ class OutputStatus(StoredEnum):
     FAILED = "failed"
 
 
+class Via(StoredEnum):
+    """Through which door a job came in."""
+
+    API = "api"
+    SEGMIND = "segmind"
+    INBOX = "inbox"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """One sample that ended. Everything from `key` on is set only where a picture is stored.
@@ -110,6 +118,7 @@ class Job:
     metadata: Mapping[str, str] = field(default_factory=dict)
     backend: str
     backend_reason: str = ""
+    via: Via = Via.API
     source: Source | None = None
     credits: Receipt
     created_ms: int
