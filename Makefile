@@ -43,7 +43,7 @@ in_region = $(if $(REGION),--region $(REGION))
 # The operator's command line.
 OPERATE = $(PY) -m img2img --stack $(STACK) $(in_region)
 
-.PHONY: help install install-endpoint run demo test test-endpoint test-long coverage mutants lint build deploy secret model endpoint-image admin logs bench bench-endpoint clean
+.PHONY: help install install-endpoint run demo test test-endpoint test-long coverage mutants lint build deploy secret check-segmind model endpoint-image admin logs bench bench-endpoint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ deploy: $(DEV) $(SAM_CLI) ## Deploy to AWS; asks for the parameters the first ti
 
 secret: $(RUN) ## Store the Segmind key of a deployed stack; asks for it, or reads it from a pipe
 	@$(OPERATE) secret
+
+check-segmind: $(RUN) ## Send the sample photo to Segmind's APIs with your own key, and look at what comes back: ARGS="v1 v2"
+	@$(OPERATE) check-segmind $(ARGS)
 
 model: $(RUN) $(ENDPOINT_RUN) ## Convert a model for the endpoint and put it into S3: MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME (or URI=s3://BUCKET/PREFIX/), SAFETY_CHECKER=on
 	@test -n "$(MODEL)" && test -n "$(URI)" || { echo "make model MODEL=FOLDER_OR_HUB_NAME BUCKET=NAME" >&2; exit 2; }

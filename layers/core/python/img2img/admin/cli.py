@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from img2img.admin import books, image, model, secret, teams
+from img2img.admin import books, image, model, secret, segmind, teams
 from img2img.admin.commands import Action
 from img2img.admin.stack import Operator
 from img2img.aws import AwsError
@@ -51,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stack", default="img2img", metavar="NAME", help="name of the stack (default: %(default)s)")
     parser.add_argument("--region", help="AWS region of the stack (default: that of the AWS profile)")
     commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
-    for group in (teams, books, secret, model, image):
+    for group in (teams, books, secret, segmind, model, image):
         group.add_commands(commands)
     return parser
