@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 LONG = bool(os.environ.get("LONG"))
+# Of the fault walks only what a short run leaves out: for `make mutants`.
+REST = os.environ.get("LONG") == "rest"
 
 
 def examples(count: int) -> int:

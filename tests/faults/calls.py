@@ -21,7 +21,7 @@ import pytest
 import requests
 
 from local.inference import HEADER, Invocation
-from tests.long import LONG
+from tests.long import LONG, REST
 
 # The seed of every job here, so that a call of the backend tells its sample.
 SEED = 1000
@@ -43,13 +43,14 @@ def apart(walk: Iterable[Place]) -> list[Place]:
     AWS cannot tell a process that died after a call from one that died before its next. `LONG=1` goes to both.
     """
     following = list(walk)
-    if LONG:
-        return following
-    return [
+    different = [
         place
         for place, then in itertools.pairwise([*following, None])
         if place[1] == BEFORE or then is None or then[1] == AFTER
     ]
+    if REST:
+        return [place for place in following if place not in different]
+    return following if LONG else different
 
 
 class Killed(BaseException):

@@ -13,7 +13,7 @@ from tests.functions.jobs import create
 from tests.system import System, running_system
 
 PRICE = 1000
-FALLBACK_SECONDS = 1
+FALLBACK_SECONDS = 2
 # What Segmind does, and the reason that the job gives for its other backend.
 OUTAGES = {
     "401": "backend_unauthorized",
@@ -206,7 +206,7 @@ def test_one_sample_that_the_endpoint_had_to_serve_tells_of_all(system):
 
 
 def test_a_sample_that_segmind_served_is_not_asked_for_again(system):
-    system.segmind.latency = 0.5
+    system.segmind.latency = 0.3
     system.segmind.behave("503")
     job_id = create(system, samples=4)
     system.deliver()
