@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so all that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 os.environ.update(
     {
         "AWS_ACCESS_KEY_ID": "testing",
@@ -34,6 +31,9 @@ import moto  # noqa: F401
 import pytest
 
 from tests.system import running_system
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
