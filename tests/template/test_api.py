@@ -142,8 +142,14 @@ def test_gateway_answers_are_problems(template, kind, status):
     problem = problems["application/problem+json"]
     assert problems["application/json"] == problem
     assert problem["status"] == status
-    assert {"type", "title", "status", "detail", "code", "errors"} == set(problem)
+    assert {"type", "title", "status", "detail", "error", "code", "errors"} == set(problem)
     assert all(re.fullmatch("[a-z_]+", problem["code"]) for problem in problems.values())
+
+
+def test_every_gateway_answer_has_its_text_where_segminds_clients_look(template):
+    for kind, response in responses(template).items():
+        for problem in bodies(response).values():
+            assert problem["error"] == problem["detail"], kind
 
 
 def test_every_gateway_answer_has_cors_and_its_type(template):
@@ -162,7 +168,7 @@ def test_defaults_keep_their_status(template):
         assert "statusCode" not in response
         for problem in bodies(response).values():
             assert "status" not in problem
-            assert {"type", "title", "detail", "code", "errors"} == set(problem)
+            assert {"type", "title", "detail", "error", "code", "errors"} == set(problem)
 
 
 def test_refusals_for_now_say_when_to_come_back(template):
