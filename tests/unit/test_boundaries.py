@@ -85,7 +85,7 @@ def attributes(tree: ast.AST) -> set[str]:
 
 def test_there_is_something_to_check():
     assert {"bootstrap", "settings", "flows.submit", "flows.ending", "backends.segmind"} <= set(MODULES)
-    assert set(HANDLERS) == {"api", "worker", "ingest", "collect", "sweep"}
+    assert set(HANDLERS) == {"api", "worker", "ingest", "collect", "sweep", "segmind"}
 
 
 def test_only_handlers_see_events():
