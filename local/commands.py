@@ -193,6 +193,7 @@ def _welcome(stack: Stack, seconds: float, logs: str, env: Path) -> str:
     )
     return (
         f"API      {stack.url}   (ready after {seconds:.1f} s, Ctrl-C stops it)\n"
+        f"Drop-in  {stack.compatible_url}   (for Segmind's own clients, with the same key)\n"
         f"Key      {stack.api_key}   (header x-api-key; team {TEAM})\n"
         f"{_backends(stack)}"
         f"Logs     {logs}\n"

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -22,30 +22,29 @@ _log = logging.getLogger(__name__)
 
 
 class Gateway:
-    """Serves one REST API on loopback."""
+    """Serves REST APIs on loopback, at one port: the first part of a path is the stage, which tells them apart."""
 
     def __init__(self, port: int, *, log: Path) -> None:
         """Take the port; whoever connects before `serve` waits for it."""
         self._invoke: Invoke = _not_yet
         self._key_id: KeyId = lambda _value: None
-        self._api: RestApi | None = None
+        self._apis: tuple[RestApi, ...] = ()
         self._server = LoopbackServer(type("GatewayHandler", (_GatewayHandler,), {"gateway": self}), port)
         # After the port: when that is taken, the log may belong to whoever has it.
         self._log: IO[str] = log.open("w", buffering=1)
 
     @property
-    def api(self) -> RestApi:
-        if self._api is None:
-            raise RuntimeError("the gateway does not serve yet")
-        return self._api
+    def urls(self) -> dict[str, str]:
+        """The addresses of the APIs by their names in the template."""
+        return {api.name: f"http://{self._server.address}/{api.stage}" for api in self._apis}
 
-    @property
-    def url(self) -> str:
-        return f"http://{self._server.address}/{self.api.stage}"
+    def api_of(self, request: Request) -> RestApi:
+        """Return the API that a request is for, the first one if it is for none."""
+        return next((api for api in self._apis if api.path_within_stage(request.path)), self._apis[0])
 
-    def serve(self, spec: ApiSpec, invoke: Invoke, key_id: KeyId) -> None:
+    def serve(self, specs: Iterable[ApiSpec], invoke: Invoke, key_id: KeyId) -> None:
         """Answer requests from now on. `key_id` returns the id of an API key by its value, None to refuse it."""
-        self._api = RestApi(spec)
+        self._apis = tuple(RestApi(spec) for spec in specs)
         self._invoke = invoke
         self._key_id = key_id
         self._server.start()
@@ -61,20 +60,21 @@ class Gateway:
 
     def answer(self, request: Request) -> Answer:
         """Do what the gateway does with a request whose body has been read."""
-        route = self.api.match(request.method, self.api.path_within_stage(request.path))
+        api = self.api_of(request)
+        route = api.match(request.method, api.path_within_stage(request.path))
         if route is None:
-            return self.api.own_answer("MISSING_AUTHENTICATION_TOKEN", request)
+            return api.own_answer("MISSING_AUTHENTICATION_TOKEN", request)
         request.resource = route.resource
         key = request.headers.get("x-api-key", "")
         key_id = self._key_id(key) if route.needs_key and key else None
         if route.needs_key and not key_id:
-            return self.api.own_answer("INVALID_API_KEY", request)
+            return api.own_answer("INVALID_API_KEY", request)
         if route.function is None:
-            return self.api.mock(request, route)
-        event = self.api.event(request, route, (key_id, key) if key_id else None)
-        return self._integrate(request, route, json.dumps(event).encode())
+            return api.mock(request, route)
+        event = api.event(request, route, (key_id, key) if key_id else None)
+        return self._integrate(api, request, route, json.dumps(event).encode())
 
-    def _integrate(self, request: Request, route: Route, event: bytes) -> Answer:
+    def _integrate(self, api: RestApi, request: Request, route: Route, event: bytes) -> Answer:
         outcome: list[Result | Exception] = []
 
         def call() -> None:
@@ -89,16 +89,16 @@ class Gateway:
         thread.join(route.timeout)
         match outcome:
             case []:
-                return self.api.own_answer("INTEGRATION_TIMEOUT", request)
+                return api.own_answer("INTEGRATION_TIMEOUT", request)
             case [Result(failed=False) as result]:
                 try:
-                    return self.api.answer(request, result.json())
+                    return api.answer(request, result.json())
                 except MalformedAnswer:
-                    return self.api.own_answer("DEFAULT_5XX", request)
+                    return api.own_answer("DEFAULT_5XX", request)
             case [RequestTooLarge()]:
-                return self.api.own_answer("REQUEST_TOO_LARGE", request)
+                return api.own_answer("REQUEST_TOO_LARGE", request)
             case _:
-                return self.api.own_answer("DEFAULT_5XX", request)
+                return api.own_answer("DEFAULT_5XX", request)
 
 
 def _not_yet(_function: str, _event: bytes) -> Result:
@@ -123,14 +123,15 @@ class _GatewayHandler(Handler):
     def _handle(self) -> None:
         started = time.monotonic()
         request = Request(self.command, self.path, self.headers, self.client_address[0])
+        api = self.gateway.api_of(request)
         try:
             body = self.read_body(MAX_BODY)
         except ValueError:
-            answer = self.gateway.api.own_answer("BAD_REQUEST_BODY", request)
+            answer = api.own_answer("BAD_REQUEST_BODY", request)
             self.reply_and_drop_body(answer.status, answer.headers, answer.body)
             return
         if body is None:
-            answer = self.gateway.api.own_answer("REQUEST_TOO_LARGE", request)
+            answer = api.own_answer("REQUEST_TOO_LARGE", request)
             self.gateway.note(request, answer, time.monotonic() - started)
             self.reply_and_drop_body(answer.status, answer.headers, answer.body)
             return
@@ -141,6 +142,6 @@ class _GatewayHandler(Handler):
             # Its type alone: the message may quote the request.
             path = urlsplit(request.target).path
             _log.error("the gateway failed at %s %s: %s", request.method, path, type(error).__name__)
-            answer = self.gateway.api.own_answer("DEFAULT_5XX", request)
+            answer = api.own_answer("DEFAULT_5XX", request)
         self.gateway.note(request, answer, time.monotonic() - started)
         self.reply(answer.status, answer.headers, answer.body)

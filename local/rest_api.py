@@ -108,6 +108,7 @@ class Route:
 
 class RestApi:
     def __init__(self, spec: ApiSpec) -> None:
+        self.name = spec.name
         self.stage = spec.stage
         self._paths: Json = spec.body["paths"]
         self._responses: Json = spec.body.get("x-amazon-apigateway-gateway-responses", {})
@@ -118,19 +119,21 @@ class RestApi:
         return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else None
 
     def match(self, method: str, path: str | None) -> Route | None:
-        """Find the route; one written out wins over one with a parameter."""
+        """Find the route; a path written out wins over one with a parameter, whatever its methods are."""
         for resource in sorted(self._paths, key=lambda text: text.replace("{", "\uffff")) if path else ():
             pattern = re.sub(r"\{(\w+)\+\}", r"(?P<\1>.+)", resource)
             pattern = re.sub(r"(?<!\?P<)\{(\w+)\}", r"(?P<\1>[^/]+)", pattern)
             found = re.fullmatch(pattern, path or "")
             methods = self._paths[resource]
             operation = methods.get(method.lower()) or methods.get("x-amazon-apigateway-any-method")
-            if found and operation:
-                return Route(resource, operation, {k: unquote(v) for k, v in found.groupdict().items()})
+            if found:
+                parameters = {k: unquote(v) for k, v in found.groupdict().items()}
+                return Route(resource, operation, parameters) if operation else None
         return None
 
     def is_binary(self, media_type: str) -> bool:
-        return any(fnmatchcase(media_type, pattern) for pattern in self._binary) if media_type else False
+        # The gateway takes what names no type for JSON.
+        return any(fnmatchcase(media_type or "application/json", pattern) for pattern in self._binary)
 
     def mock(self, request: Request, route: Route) -> Answer:
         """Answer a mock integration: the preflights that SAM writes."""

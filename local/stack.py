@@ -45,11 +45,11 @@ _CONCURRENCY = 40
 class Stack:
     """The whole system on one machine.
 
-    `url` is where the API listens, `api_key` the key of its first team, which has a thousand credits and a preset, and
-    `api_key_id` that key's id; `segmind` is the stand-in (None with a key of Segmind's: then the real API is called),
-    `sagemaker` the front of the endpoint; what the backend does not use is None. `resources` are the physical ids by
-    logical id, `logs` is the folder with a file for each function, `environment` what each function runs with. With
-    `schedules=False` the clock stands still.
+    `url` is where the API listens, `compatible_url` what Segmind's own clients take for Segmind, `api_key` the key of
+    the first team, which has a thousand credits and a preset, and `api_key_id` that key's id; `segmind` is the stand-in
+    (None with a key of Segmind's: then the real API is called), `sagemaker` the front of the endpoint; what the backend
+    does not use is None. `resources` are the physical ids by logical id, `logs` is the folder with a file for each
+    function, `environment` what each function runs with. With `schedules=False` the clock stands still.
 
     The endpoint serves `model`, a folder or a name on a hub, or else a tiny one with random weights; it runs under the
     interpreter `endpoint_python`, unless `container` is the address of one that runs already.
@@ -116,9 +116,17 @@ class Stack:
 
     @property
     def url(self) -> str:
+        return self._addresses["Api"]
+
+    @property
+    def compatible_url(self) -> str:
+        return f"{self._addresses['CompatibleApi']}/v1"
+
+    @property
+    def _addresses(self) -> dict[str, str]:
         if self._gateway is None:
             raise RuntimeError("the stack is not started")
-        return self._gateway.url
+        return self._gateway.urls
 
     @property
     def aws(self) -> dict[str, Any]:
@@ -188,7 +196,7 @@ class Stack:
             self._container.wait_until_ready(self._progress)
         self._start_triggers(application)
         keys = ApiKeys(self.client("apigateway"), self.resources["UsagePlan"])
-        gateway.serve(application.api, self._call, keys.id_of)
+        gateway.serve(application.apis, self._call, keys.id_of)
 
     def stop(self) -> None:
         """Stop everything; what was running is cut off."""

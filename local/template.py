@@ -77,6 +77,7 @@ class Schedule:
 class ApiSpec:
     """A REST API: its OpenAPI body, with the integrations' functions by name under `x-local-function`."""
 
+    name: str
     stage: str
     body: Json
 
@@ -104,7 +105,7 @@ class EndpointSpec:
 @dataclass(frozen=True)
 class Application:
     functions: tuple[FunctionSpec, ...]
-    api: ApiSpec
+    apis: tuple[ApiSpec, ...]
     mappings: tuple[QueueMapping, ...]
     schedules: tuple[Schedule, ...]
     endpoint: EndpointSpec | None = None
@@ -138,8 +139,8 @@ class Application:
             Schedule(name, properties["function"], _rate(properties["ScheduleExpression"]), properties["input"])
             for name, properties in resolved["schedules"].items()
         )
-        api = ApiSpec(resolved["api"]["stage"], resolved["api"]["body"])
-        return cls(functions, api, mappings, schedules, _endpoint_spec(resolved["endpoints"]))
+        apis = tuple(ApiSpec(name, api["stage"], api["body"]) for name, api in resolved["apis"].items())
+        return cls(functions, apis, mappings, schedules, _endpoint_spec(resolved["endpoints"]))
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Blueprint:
                     name: _only(p, "Handler", "Timeout", "MemorySize", "Environment")
                     for name, p in _of_type(resources, "AWS::Lambda::Function").items()
                 },
-                "api": _api(resources),
+                "apis": dict(_apis(resources)),
                 "mappings": dict(_mappings(resources)),
                 "schedules": dict(_schedules(resources)),
                 "buckets": {
@@ -330,19 +331,19 @@ def _target(resources: Json, reference: Any) -> str:
     return str(name)
 
 
-def _api(resources: Json) -> Json:
+def _apis(resources: Json) -> Iterator[tuple[str, Json]]:
+    stages = [(s["RestApiId"]["Ref"], s["StageName"]) for s in _of_type(resources, "AWS::ApiGateway::Stage").values()]
     apis = _of_type(resources, "AWS::ApiGateway::RestApi")
-    stages = _of_type(resources, "AWS::ApiGateway::Stage")
-    if len(apis) != 1 or len(stages) != 1:
-        raise TemplateError("the local machine serves one REST API with one stage")
-    (api,), (stage,) = apis.values(), stages.values()
-    body = copy.deepcopy(api["Body"])
-    for methods in body["paths"].values():
-        for operation in methods.values():
-            integration = operation.get("x-amazon-apigateway-integration", {})
-            if integration.get("type") == "aws_proxy":
-                operation["x-local-function"] = _target(resources, integration.pop("uri"))
-    return {"stage": stage["StageName"], "body": body}
+    if sorted(api for api, _ in stages) != sorted(apis) or len({stage for _, stage in stages}) != len(stages):
+        raise TemplateError("the local machine serves REST APIs with one stage each, of different names")
+    for name, stage in stages:
+        body = copy.deepcopy(apis[name]["Body"])
+        for methods in body["paths"].values():
+            for operation in methods.values():
+                integration = operation.get("x-amazon-apigateway-integration", {})
+                if integration.get("type") == "aws_proxy":
+                    operation["x-local-function"] = _target(resources, integration.pop("uri"))
+        yield name, {"stage": stage, "body": body}
 
 
 def _endpoints(resources: Json) -> Json:

@@ -16,7 +16,14 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / ".aws-sam/build"
-FUNCTIONS = ("ApiFunction", "WorkerFunction", "CollectFunction", "IngestFunction", "SweepFunction")
+FUNCTIONS = (
+    "ApiFunction",
+    "WorkerFunction",
+    "CollectFunction",
+    "IngestFunction",
+    "SweepFunction",
+    "CompatibleFunction",
+)
 LAYERS = ("CoreLayer", "DependenciesLayer")
 SIZE_LIMIT = 100_000_000
 DEPENDENCIES = BUILD / "DependenciesLayer/python"

@@ -86,6 +86,55 @@ def test_a_missing_or_unknown_key_is_a_problem_with_403(stack, headers):
     assert answer.headers["access-control-allow-origin"] == "*"
 
 
+@pytest.mark.parametrize("headers", [{}, {"x-api-key": "wrong"}])
+def test_a_missing_or_unknown_key_is_told_to_segminds_clients_as_segmind_does(stack, headers):
+    answer = requests.post(f"{stack.compatible_url}/sd1.5-img2img", json={}, headers=headers, timeout=10)
+    assert answer.status_code == 401
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == {"error": "Send a valid API key in the x-api-key header."}
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/sd1.5-img2img"),
+        ("POST", "/v1/get-user-credits"),
+        ("OPTIONS", "/v1/sd1.5-img2img"),
+        ("POST", "/v3/sd1.5-img2img"),
+        ("GET", "/health"),
+        ("GET", "/v1/jobs"),
+    ],
+)
+def test_an_unknown_route_or_method_is_told_to_segminds_clients_as_segmind_does(stack, client, method, path):
+    answer = client.request(method, stack.compatible_url.removesuffix("/v1") + path, timeout=10)
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/json"
+    assert list(answer.json()) == ["error"]
+    assert "POST /v1/sd1.5-img2img" in answer.json()["error"]
+
+
+def test_a_key_opens_both_apis(stack, client):
+    assert client.get(f"{stack.url}/jobs", timeout=10).ok
+    opened = client.get(f"{stack.compatible_url}/requests/01ARZ3NDEKTSV4RRFFQ69G5FAV", timeout=10)
+    # The function's own answer, not the gateway's.
+    assert opened.status_code == 404
+    assert "route" not in opened.json()["error"]
+
+
+def test_segminds_clients_have_room_for_a_picture_of_some_3_mb(stack, client):
+    def post(megabytes: float) -> requests.Response:
+        body = {"image": base64.b64encode(b"x" * int(megabytes * MEGABYTE)).decode()}
+        return client.post(f"{stack.compatible_url}/another-model", json=body, timeout=30)
+
+    assert post(3.1).status_code == 404
+    # The event holds the body, which holds the picture, both in base64.
+    for megabytes in (3.5, 30):
+        answer = post(megabytes)
+        assert answer.status_code == 413
+        assert "URL" in answer.json()["error"]
+
+
 def test_health_needs_no_key(stack):
     assert requests.get(f"{stack.url}/health", timeout=10).json() == {"status": "ok", "version": __version__}
 
@@ -145,12 +194,12 @@ def test_a_browser_may_send_the_upload_form(stack):
     assert answer.headers["access-control-allow-origin"] in ("*", headers["Origin"])
 
 
-def echo_api(answer, **changes):
-    """An API of one route whose function is `answer`, a plain function of the event."""
+def echo_api(answer, binary=("image/png", "application/octet-stream"), **changes):
+    """An API of one thing whose function is `answer`, a plain function of the event."""
     proxy = {"x-amazon-apigateway-integration": {"type": "aws_proxy", **changes}, "x-local-function": "Echo"}
     body = {
         "paths": {"/things/{id}": {"post": proxy, "get": proxy}, "/things/new": {"post": proxy}},
-        "x-amazon-apigateway-binary-media-types": ["image/png", "application/octet-stream"],
+        "x-amazon-apigateway-binary-media-types": [*binary],
         "x-amazon-apigateway-gateway-responses": {
             "DEFAULT_5XX": {
                 "responseParameters": {"gatewayresponse.header.Origin-Was": "method.request.header.Origin"},
@@ -158,7 +207,7 @@ def echo_api(answer, **changes):
             }
         },
     }
-    return ApiSpec("v1", body), lambda _function, payload: answer(json.loads(payload))
+    return [ApiSpec("Echo", "v1", body)], lambda _function, payload: answer(json.loads(payload))
 
 
 @pytest.fixture
@@ -170,7 +219,7 @@ def serve(tmp_path):
             gateway = Gateway(0, log=tmp_path / "gateway.log")
             ending.callback(gateway.stop)
             gateway.serve(*echo_api(answer, **changes), lambda _value: None)
-            return gateway.url
+            return gateway.urls["Echo"]
 
         yield start
 
@@ -236,8 +285,9 @@ def test_the_proxy_event_is_the_gateways(serve):
     assert (context["path"], context["stage"]) == ("/v1/things/a%20b", "v1")
     assert context["domainName"] == urlsplit(url).netloc
     assert context["identity"]["sourceIp"] == "127.0.0.1"
-    # A path written out wins over one with a parameter.
+    # A path written out wins over one with a parameter, also where it lacks the method.
     assert requests.post(f"{url}/things/new", timeout=10).json()["resource"] == "/things/new"
+    assert requests.get(f"{url}/things/new", timeout=10).status_code == 403
     plain = requests.get(f"{url}/things/1", timeout=10).json()
     assert (plain["body"], plain["queryStringParameters"]) == (None, None)
 
@@ -273,6 +323,42 @@ def test_a_binary_body_arrives_as_base64(serve):
     )
     answer = requests.post(f"{url}/things/1", b"\x89PNG", headers={"Content-Type": "image/png"}, timeout=10)
     assert answer.json() == ["iVBORw==", True]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Accept": "*/*"}, {"Accept": "application/json, text/plain, */*"}, {"Accept": None}]
+)
+def test_where_everything_is_binary_all_bodies_are_base64_and_every_answer_is_decoded(serve, headers):
+    events = []
+
+    def answer(event):
+        events.append(event)
+        body = base64.b64encode(b"\x89PNG").decode()
+        return returned({"statusCode": 200, "body": body, "isBase64Encoded": event["httpMethod"] == "POST"})
+
+    url = serve(answer, binary=["*/*"])
+    posted = requests.post(f"{url}/things/1", json={"a": 1}, headers=headers, timeout=10)
+    untyped = requests.post(f"{url}/things/1", b"{}", headers=headers, timeout=10)
+    assert [posted.content, untyped.content] == [b"\x89PNG"] * 2
+    assert [(e["body"], e["isBase64Encoded"]) for e in events] == [("eyJhIjogMX0=", True), ("e30=", True)]
+    # What does not say that it is base64 is text.
+    assert requests.get(f"{url}/things/1", headers=headers, timeout=10).content == b"iVBORw=="
+    assert (events[-1]["body"], events[-1]["isBase64Encoded"]) == (None, False)
+
+
+def test_apis_are_told_apart_by_their_stages(tmp_path):
+    gateway = Gateway(0, log=tmp_path / "gateway.log")
+    with contextlib.ExitStack() as ending:
+        ending.callback(gateway.stop)
+        (first,), invoke = echo_api(
+            lambda event: returned({"statusCode": 200, "body": event["requestContext"]["path"]})
+        )
+        second = replace(first, name="Second", stage="v10")
+        gateway.serve([first, second], invoke, lambda _value: None)
+        assert [requests.get(f"{url}/things/1", timeout=10).text for url in gateway.urls.values()] == [
+            "/v1/things/1",
+            "/v10/things/1",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -719,7 +805,7 @@ def test_an_operator_finds_what_the_template_names(stack, admin):
         assert outputs[name] == stack.resources[resource]
     assert outputs["JobsQueueUrl"] == stack.environment["ApiFunction"]["JOBS_QUEUE_URL"]
     # What refers to something that is not made here.
-    assert not {"ApiUrl", "DashboardUrl"} & outputs.keys()
+    assert not {"ApiUrl", "SegmindCompatibleUrl", "DashboardUrl"} & outputs.keys()
 
 
 def test_a_function_is_invoked_directly(stack):
@@ -799,7 +885,8 @@ class Run:
 def test_run_says_what_to_paste_and_ends_without_a_trace(tmp_path):
     with Run(tmp_path) as running:
         assert running.seconds < 20  # twice what is promised: the tests share the machine
-        assert f"http://127.0.0.1:{running.port}/v1" in running.said
+        assert f"API      http://127.0.0.1:{running.port}/v1 " in running.said
+        assert f"Drop-in  http://127.0.0.1:{running.port}/segmind/v1 " in running.said
         assert "simulated" in running.said
         # What it says to try works when pasted.
         command = running.said.partition("Try\n")[2]
@@ -853,7 +940,7 @@ def test_run_says_what_to_paste_and_ends_without_a_trace(tmp_path):
         assert second.stderr == f"error: port {running.port} is in use; choose another with --port\n"
 
         children = descendants(running.process.pid)
-        assert len(children) >= 5  # moto and four functions
+        assert len(children) >= 6  # moto and five functions
         os.killpg(running.process.pid, signal.SIGINT)  # as the terminal does
         running.process.send_signal(signal.SIGINT)  # and somebody impatient
         out, err = running.process.communicate(timeout=20)

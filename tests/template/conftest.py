@@ -83,18 +83,27 @@ class Template:
 
     @property
     def api(self) -> Json:
-        """The OpenAPI document of the one API."""
-        body: Json = self.properties("Api")["Body"]
+        """The OpenAPI document of the main API."""
+        return self.document("Api")
+
+    @property
+    def compatible(self) -> Json:
+        """The OpenAPI document of the API for Segmind's own clients."""
+        return self.document("CompatibleApi")
+
+    def document(self, api: str) -> Json:
+        """Return the OpenAPI document of an API."""
+        body: Json = self.properties(api)["Body"]
         return body
 
-    def operations(self) -> list[tuple[str, str, Json]]:
-        """Return method, path and definition of every route, preflights included; there are some of both."""
+    def operations(self, api: str = "Api") -> list[tuple[str, str, Json]]:
+        """Return method, path and definition of every route of an API, preflights included."""
         found = [
             (method.upper(), path, definition)
-            for path, methods in self.api["paths"].items()
+            for path, methods in self.document(api)["paths"].items()
             for method, definition in methods.items()
         ]
-        assert {method for method, _, _ in found} >= {"OPTIONS", "GET", "POST"}
+        assert {method for method, _, _ in found} >= {"GET", "POST"}
         return found
 
     def statements(self) -> list[tuple[str, Json]]:
@@ -194,13 +203,13 @@ def calls() -> list[Call]:
 
 @pytest.fixture(scope="session")
 def version_of() -> Callable[..., str]:
-    """Return the logical id of the version that the API function's alias points at, after a change of the template."""
+    """Return the logical id of the version that a function's alias points at, after a change of the template."""
 
-    def version(change: Callable[[Json], object] = lambda _: None, *, artefacts: str = "one") -> str:
+    def version(function: str, change: Callable[[Json], object] = lambda _: None, *, artefacts: str = "one") -> str:
         changed = read_template()
         change(changed)
         versions = Template(translate(changed, artefacts=artefacts)).of_type("AWS::Lambda::Version")
-        (name,) = versions
+        (name,) = (name for name, version in versions.items() if version["FunctionName"] == {"Ref": function})
         return name
 
     return version

@@ -15,7 +15,7 @@ import pytest
 from local.sagemaker import SageMaker
 from tests.system import ROOT, System, fresh_aws, function, running_system, sample_base64
 
-FUNCTIONS = ("api", "worker", "collect", "ingest", "sweep")
+FUNCTIONS = ("api", "worker", "collect", "ingest", "sweep", "segmind")
 PRESET = {"prompt": "a poster", "samples": 2}
 
 

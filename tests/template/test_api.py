@@ -1,4 +1,7 @@
-"""The API Gateway side of the template: keys, stages, preflights and the gateway's own answers."""
+"""The API Gateway side of the template: keys, stages, preflights and the gateway's own answers.
+
+What only the API for Segmind's own clients has stands in `test_compatible_api`.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,11 @@ def test_a_new_parameter_reaches_the_stage(source):
     assert source["Resources"]["Api"]["Properties"]["AlwaysDeploy"] is True
 
 
-def test_only_stage_is_v1(template):
-    (stage,) = template.of_type("AWS::ApiGateway::Stage").values()
-    assert stage["StageName"] == "v1"
+@pytest.mark.parametrize(("api", "name"), [("Api", "v1"), ("CompatibleApi", "segmind")])
+def test_one_stage(template, api, name):
+    stages = template.of_type("AWS::ApiGateway::Stage").values()
+    (stage,) = (stage for stage in stages if stage["RestApiId"] == {"Ref": api})
+    assert stage["StageName"] == name
     assert stage["TracingEnabled"] is True
     (settings,) = stage["MethodSettings"]
     assert settings["ThrottlingRateLimit"] == {"Ref": "ThrottleRate"}
@@ -97,14 +102,17 @@ def test_requests_go_to_the_alias(template):
             assert "${ApiFunctionAliaslive}" in integration["uri"]["Fn::Sub"], path
 
 
-def test_one_usage_plan_limits_the_keys_of_this_api(template):
+def test_one_usage_plan_limits_the_keys_over_both_apis(template):
     plans = template.of_type("AWS::ApiGateway::UsagePlan")
     assert set(plans) == {"UsagePlan"}
     plan = plans["UsagePlan"]
     assert plan["Quota"] == {"Limit": {"Ref": "QuotaPerDay"}, "Period": "DAY"}
     assert plan["Throttle"] == {"RateLimit": {"Ref": "ThrottleRate"}, "BurstLimit": {"Ref": "ThrottleBurst"}}
     # The stage by reference, too: a plan that is made before its stage fails.
-    assert plan["ApiStages"] == [{"ApiId": {"Ref": "Api"}, "Stage": {"Ref": "Apiv1Stage"}}]
+    assert plan["ApiStages"] == [
+        {"ApiId": {"Ref": "Api"}, "Stage": {"Ref": "Apiv1Stage"}},
+        {"ApiId": {"Ref": "CompatibleApi"}, "Stage": {"Ref": "CompatibleApisegmindStage"}},
+    ]
 
 
 def test_no_key_is_made_that_belongs_to_no_team(template):
@@ -142,8 +150,14 @@ def test_gateway_answers_are_problems(template, kind, status):
     problem = problems["application/problem+json"]
     assert problems["application/json"] == problem
     assert problem["status"] == status
-    assert {"type", "title", "status", "detail", "code", "errors"} == set(problem)
+    assert {"type", "title", "status", "detail", "error", "code", "errors"} == set(problem)
     assert all(re.fullmatch("[a-z_]+", problem["code"]) for problem in problems.values())
+
+
+def test_every_gateway_answer_has_its_text_where_segminds_clients_look(template):
+    for kind, response in responses(template).items():
+        for problem in bodies(response).values():
+            assert problem["error"] == problem["detail"], kind
 
 
 def test_every_gateway_answer_has_cors_and_its_type(template):
@@ -162,7 +176,7 @@ def test_defaults_keep_their_status(template):
         assert "statusCode" not in response
         for problem in bodies(response).values():
             assert "status" not in problem
-            assert {"type", "title", "detail", "code", "errors"} == set(problem)
+            assert {"type", "title", "detail", "error", "code", "errors"} == set(problem)
 
 
 def test_refusals_for_now_say_when_to_come_back(template):

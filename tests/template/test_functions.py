@@ -10,7 +10,16 @@ import pytest
 from img2img.jobs.guards import OBJECT_GUARD_TTL
 from img2img.settings import Settings
 
-FUNCTIONS = ("ApiFunction", "WorkerFunction", "CollectFunction", "IngestFunction", "SweepFunction")
+FUNCTIONS = (
+    "ApiFunction",
+    "WorkerFunction",
+    "CollectFunction",
+    "IngestFunction",
+    "SweepFunction",
+    "CompatibleFunction",
+)
+# Those that somebody waits for.
+SNAPSHOTS = ("ApiFunction", "CompatibleFunction")
 FED = {
     "WorkerFunction": ("JobsQueue", {"Ref": "WorkerConcurrency"}),
     "CollectFunction": ("ResultsQueue", 20),
@@ -100,7 +109,8 @@ def test_retry_times_fit_together(template):
         properties = template.properties(function)
         assert int(properties["Environment"]["Variables"]["LEASE_SECONDS"]) > properties["Timeout"], function
     # The gateway hangs up at 29 s, and a sweep ends before the next one starts.
-    assert template.properties("ApiFunction")["Timeout"] < 29
+    for function in SNAPSHOTS:
+        assert template.properties(function)["Timeout"] < 29, function
     assert template.properties("SweepFunction")["Timeout"] < 60
 
 
@@ -145,35 +155,44 @@ def test_sweep_runs_every_minute(template):
     assert rule["ScheduleExpression"] == "rate(1 minute)"
 
 
-def test_api_function_is_a_snapshot_behind_an_alias(template):
-    assert template.properties("ApiFunction")["SnapStart"] == {"ApplyOn": "PublishedVersions"}
-    (alias,) = template.of_type("AWS::Lambda::Alias").values()
-    assert alias["Name"] == "live"
-    (version,) = [r for r in template.resources.values() if r["Type"] == "AWS::Lambda::Version"]
+def test_functions_behind_an_api_are_snapshots_behind_aliases(template):
+    for name in SNAPSHOTS:
+        assert template.properties(name)["SnapStart"] == {"ApplyOn": "PublishedVersions"}
+    aliases = {alias["FunctionName"]["Ref"]: alias for alias in template.of_type("AWS::Lambda::Alias").values()}
+    assert set(aliases) == set(SNAPSHOTS)
+    assert {alias["Name"] for alias in aliases.values()} == {"live"}
+    versions = [r for r in template.resources.values() if r["Type"] == "AWS::Lambda::Version"]
     # Kept versions are snapshots that are paid for.
-    assert version["DeletionPolicy"] == "Delete"
+    assert [version["DeletionPolicy"] for version in versions] == ["Delete"] * len(SNAPSHOTS)
 
 
-def test_alias_follows_code_and_layers(version_of):
-    assert version_of() == version_of()
-    assert version_of(artefacts="two") != version_of()
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_alias_follows_code_and_layers(version_of, name):
+    before = version_of(name)
+    assert version_of(name) == before
+    assert version_of(name, artefacts="two") != before
     for layer in ("CoreLayer", "DependenciesLayer"):
-        changed = version_of(lambda t, layer=layer: t["Resources"][layer]["Properties"].update(Description="changed"))
-        assert changed != version_of(), layer
+
+        def change(template, layer=layer):
+            template["Resources"][layer]["Properties"].update(Description="changed")
+
+        assert version_of(name, change) != before, layer
 
 
-def test_alias_follows_the_functions_own_properties(version_of):
-    assert version_of(lambda t: t["Resources"]["ApiFunction"]["Properties"].update(Timeout=20)) != version_of()
-    assert (
-        version_of(lambda t: t["Globals"]["Function"]["Environment"]["Variables"].update(NEW_NAME="value"))
-        != version_of()
-    )
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_alias_follows_the_functions_own_properties(version_of, name):
+    before = version_of(name)
+    assert version_of(name, lambda t: t["Resources"][name]["Properties"].update(Timeout=20)) != before
+    changed = version_of(name, lambda t: t["Globals"]["Function"]["Environment"]["Variables"].update(NEW_NAME="value"))
+    assert changed != before
 
 
-def test_alias_follows_parameters(template, source):
-    (version,) = template.of_type("AWS::Lambda::Version").values()
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_alias_follows_parameters(template, source, name):
+    versions = template.of_type("AWS::Lambda::Version").values()
+    (version,) = (version for version in versions if version["FunctionName"] == {"Ref": name})
     mentioned = set(re.findall(r"\$\{(\w+)\}", version["Description"]["Fn::Sub"]))
-    variables = template.properties("ApiFunction")["Environment"]["Variables"].values()
+    variables = template.properties(name)["Environment"]["Variables"].values()
     used = {v["Ref"] for v in variables if isinstance(v, dict)} & set(source["Parameters"])
     assert mentioned == used
 
@@ -264,11 +283,16 @@ def test_listing_is_bound_to_prefixes(template):
 def test_no_function_may_touch_the_others_data(template):
     for role in ("WorkerFunctionRole", "CollectFunctionRole", "SweepFunctionRole"):
         assert not [r for a, r in allowed(template, role) if "IdempotencyTable" in r]
-    for role in ("WorkerFunctionRole", "CollectFunctionRole", "IngestFunctionRole", "SweepFunctionRole"):
-        assert ("dynamodb:DeleteItem", "JobsTable") not in allowed(template, role)
+    for name in set(FUNCTIONS) - {"ApiFunction"}:
+        assert ("dynamodb:DeleteItem", "JobsTable") not in allowed(template, f"{name}Role")
     # The sweep sees no picture that a client sent, the API nothing that was put out for a pipeline.
     assert not [r for _, r in allowed(template, "SweepFunctionRole") if r.startswith("UploadsBucket")]
-    assert not [r for _, r in allowed(template, "ApiFunctionRole") if r.startswith("ResultsBucket/outbox")]
+    for name in SNAPSHOTS:
+        assert not [r for _, r in allowed(template, f"{name}Role") if r.startswith("ResultsBucket/outbox")]
+    # Segmind's clients upload nothing, and delete nothing.
+    uploads = {r for _, r in allowed(template, "CompatibleFunctionRole") if r.startswith("UploadsBucket")}
+    assert uploads == {"UploadsBucket/inputs/*"}
+    assert ("s3:DeleteObject", "ResultsBucket/results/*") not in allowed(template, "CompatibleFunctionRole")
 
 
 def test_a_failed_sweep_is_not_repeated_before_the_next(template):

@@ -9,6 +9,8 @@ from tests.template.flows import FUNCTIONS
 
 # What Lambda does itself, to feed a function from its queue.
 FEED = ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes")
+# The functions that are not called as their folders are.
+NAMES = {"segmind": "Compatible"}
 # Granted for what no call of a function shows.
 # Asked for only when the outbox shows an earlier version of the file.
 STALE = ("s3:DeleteObject", "ResultsBucket/outbox/*")
@@ -32,6 +34,14 @@ UNSEEN = {
         *((action, "UploadsQueue") for action in FEED),
     },
     "sweep": {STALE},
+    # No flow calls it: all that creating and reading a job needs.
+    "segmind": {
+        *((f"dynamodb:{action}Item", "JobsTable") for action in ("Get", "Put", "Update")),
+        *((f"dynamodb:{action}Item", "IdempotencyTable") for action in ("Get", "Put", "Update", "Delete")),
+        *((f"s3:{action}Object", "UploadsBucket/inputs/*") for action in ("Put", "Delete")),
+        ("s3:GetObject", "ResultsBucket/results/*"),
+        ("sqs:SendMessage", "JobsQueue"),
+    },
 }
 
 
@@ -85,7 +95,7 @@ def granted(template, name):
     return {
         (action, resource)
         for role, action, resource, sid in template.grants()
-        if role == f"{name.title()}FunctionRole" and sid not in ("Logs", "Traces")
+        if role == f"{NAMES.get(name, name.title())}FunctionRole" and sid not in ("Logs", "Traces")
     }
 
 

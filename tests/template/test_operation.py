@@ -122,8 +122,13 @@ def test_one_object_of_no_team_raises_the_alarm(template):
 def test_alarms_watch_every_function_behind_the_api(template):
     alarms = template.of_type("AWS::CloudWatch::Alarm").values()
     watched = {dimensions(a)["FunctionName"]["Ref"] for a in alarms if a["MetricName"] == "Errors"}
-    # The API's show as 5xx.
-    assert watched == set(template.of_type("AWS::Lambda::Function")) - {"ApiFunction"}
+    # Those of an API show as 5xx.
+    assert watched == set(template.of_type("AWS::Lambda::Function")) - {"ApiFunction", "CompatibleFunction"}
+    stages = [dimensions(a) for a in alarms if a["MetricName"] == "5XXError"]
+    assert stages == [
+        {"ApiName": template.properties(api)["Name"], "Stage": {"Ref": stage}}
+        for api, stage in (("Api", "Apiv1Stage"), ("CompatibleApi", "CompatibleApisegmindStage"))
+    ]
 
 
 def test_dashboard_is_json_and_shows_every_metric(template):
@@ -173,6 +178,7 @@ def test_parameters_are_documented_grouped_and_have_defaults(source):
 def test_outputs(source):
     assert {
         "ApiUrl",
+        "SegmindCompatibleUrl",
         "UsagePlanId",
         "UploadsBucketName",
         "ResultsBucketName",
@@ -192,6 +198,12 @@ def test_outputs(source):
 def test_a_pipeline_finds_the_inbox_and_the_outbox(source):
     assert source["Outputs"]["InboxUri"]["Value"] == {"Fn::Sub": "s3://${UploadsBucket}/inbox/"}
     assert source["Outputs"]["OutboxUri"]["Value"] == {"Fn::Sub": "s3://${ResultsBucket}/outbox/"}
+
+
+def test_a_segmind_client_finds_its_address(template):
+    address = template.outputs["SegmindCompatibleUrl"]["Value"]["Fn::Sub"]
+    assert address.startswith("https://${CompatibleApi}.execute-api.")
+    assert address.endswith("/${CompatibleApisegmindStage}/v1")
 
 
 def test_an_operator_finds_the_table_and_the_usage_plan(source):

@@ -47,3 +47,14 @@ def test_routes_agree(template):
 )
 def test_route_exists(template, method, path):
     assert method.lower() in template.api["paths"][path]
+
+
+def test_routes_for_segminds_clients(template):
+    assert {(method, path) for method, path, _ in template.operations("CompatibleApi")} == {
+        ("POST", "/v1/{model}"),
+        ("POST", "/v2/{model}"),
+        ("GET", "/v1/requests/{id}"),
+        ("GET", "/v2/requests/{id}"),
+        ("GET", "/v2/requests/{id}/status"),
+        ("GET", "/v1/get-user-credits"),
+    }

@@ -73,6 +73,16 @@ def test_routes(route):
     assert f"`{route}`" in section(API, "Routes")
 
 
+def compatible_routes() -> list[str]:
+    events = DEPLOYED["Resources"]["CompatibleFunction"]["Properties"]["Events"].values()
+    return [f"{event['Properties']['Method']} {event['Properties']['Path']}" for event in events]
+
+
+@pytest.mark.parametrize("route", compatible_routes())
+def test_routes_for_segminds_clients(route):
+    assert f"`{route}`" in section(API, "Segmind's clients")
+
+
 def shown(default: object) -> str:
     if default is REQUIRED:
         return "required"
