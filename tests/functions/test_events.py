@@ -14,6 +14,7 @@ SAMPLES = {
     "ingest": "uploads-queue.json",
     "collect": "collect-queue.json",
     "sweep": "schedule.json",
+    "segmind": "segmind-generate.json",
 }
 
 
@@ -33,6 +34,15 @@ def test_the_api_event_makes_a_job_that_runs(system):
     assert answer["statusCode"] == 202
     assert system.deliver() == 1
     assert system.job(json.loads(answer["body"])["id"])["status"] == "succeeded"
+
+
+def test_the_event_of_segminds_clients_brings_the_picture(system):
+    event = sample("segmind")
+    system.services.teams.add_key(event["requestContext"]["identity"]["apiKeyId"], "default", label="sample")
+    system.services.sleep = lambda _: system.deliver()
+    answer = function("segmind").handler(event, Context())
+    assert (answer["statusCode"], answer["isBase64Encoded"]) == (200, True)
+    assert answer["multiValueHeaders"]["Content-Type"] == ["image/jpeg"]
 
 
 def test_the_queue_event_names_a_job_that_is_gone(system):

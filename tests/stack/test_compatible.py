@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import subprocess
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -29,9 +30,18 @@ def url(stack):
     return stack.compatible_url
 
 
+@contextmanager
+def client_of(url, api_key):
+    client = SegmindClient(api_key=api_key, base_url=url)
+    yield client
+    # It cannot be closed.
+    client._client.close()
+
+
 @pytest.fixture
 def segmind(url, stack):
-    return SegmindClient(api_key=stack.api_key, base_url=url)
+    with client_of(url, stack.api_key) as client:
+        yield client
 
 
 def size(data: bytes) -> tuple[int, int]:
@@ -78,8 +88,8 @@ def test_the_sdk_can_read_a_refusal(segmind, call):
 
 
 def test_the_sdk_can_read_a_refused_key(url):
-    with pytest.raises(SegmindError) as refused:
-        SegmindClient(api_key="SG_nobodys", base_url=url).run_sync(MODEL, **FIELDS)
+    with client_of(url, "SG_nobodys") as client, pytest.raises(SegmindError) as refused:
+        client.run_sync(MODEL, **FIELDS)
     assert (refused.value.status, bool(refused.value.detail)) == (401, True)
 
 

@@ -47,6 +47,27 @@ def use_every_route(system: System) -> None:
     system.deliver()
 
 
+def come_as_segminds_clients(system: System) -> None:
+    photo = base64.b64decode(sample_base64())
+    upload = system.api("POST", "/uploads", photo, {"Content-Type": "image/jpeg"}).json["id"]
+    body = {"image": upload, "prompt": "a castle", "seed": 7}
+    run, submit = "/v1/sd1.5-img2img", "/v2/sd1.5-img2img"
+    job_id = system.compatible("POST", submit, body).json["request_id"]
+    system.services.sleep = system.clock.advance
+    for seed in (7, -1):
+        assert system.compatible("POST", run, {**body, "seed": seed}).status == 504
+        assert system.deliver()
+        assert system.compatible("POST", run, {**body, "seed": seed}).status == 200
+    assert system.compatible("POST", run, {**body, "image": "upl_01ARZ3NDEKTSV4RRFFQ69G5FAV"}).status == 404
+    poor = system.services.credits.account("default").balance
+    system.services.credits.add("default", -poor)
+    assert system.compatible("POST", run, {**body, "seed": 8}).status == 406
+    system.services.credits.add("default", poor)
+    for path in (f"/v2/requests/{job_id}", f"/v2/requests/{job_id}/status", f"/v1/requests/{job_id}"):
+        assert system.compatible("GET", path).json["status"] == "COMPLETED"
+    assert system.compatible("GET", "/v1/get-user-credits").status == 200
+
+
 def need_a_second_attempt(system: System) -> None:
     system.segmind.behave("500")
     job_id = system.create(samples=2).json["id"]
@@ -311,6 +332,7 @@ def front_of(system: System) -> SageMaker:
 
 FLOWS: tuple[Callable[[System], None], ...] = (
     use_every_route,
+    come_as_segminds_clients,
     need_a_second_attempt,
     cancel_between_two_attempts,
     cancel_while_it_runs,

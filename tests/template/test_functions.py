@@ -271,6 +271,7 @@ def test_listing_is_bound_to_prefixes(template):
         "MissingAnswers",
         "MissingAnswers",
         "MissingObjects",
+        "MissingUploads",
         "ListModel",
         "MissingRequests",
     ]
@@ -289,9 +290,10 @@ def test_no_function_may_touch_the_others_data(template):
     assert not [r for _, r in allowed(template, "SweepFunctionRole") if r.startswith("UploadsBucket")]
     for name in SNAPSHOTS:
         assert not [r for _, r in allowed(template, f"{name}Role") if r.startswith("ResultsBucket/outbox")]
-    # Segmind's clients upload nothing, and delete nothing.
+    # Segmind's clients may name an upload, and delete nothing.
     uploads = {r for _, r in allowed(template, "CompatibleFunctionRole") if r.startswith("UploadsBucket")}
-    assert uploads == {"UploadsBucket/inputs/*"}
+    assert uploads == {"UploadsBucket", "UploadsBucket/inputs/*", "UploadsBucket/uploads/*"}
+    assert ("s3:PutObject", "UploadsBucket/uploads/*") not in allowed(template, "CompatibleFunctionRole")
     assert ("s3:DeleteObject", "ResultsBucket/results/*") not in allowed(template, "CompatibleFunctionRole")
 
 

@@ -59,7 +59,7 @@ def test_notices_do_not_overlap(template):
 def test_no_function_puts_anything_where_notices_come_from(template, calls):
     puts = written(template, calls)
     # Each function that is called writes something, and together they write everywhere that the service keeps things.
-    assert {function for function, _, _ in puts} | {"segmind"} == set(FUNCTIONS)
+    assert {function for function, _, _ in puts} == set(FUNCTIONS)
     assert {(bucket, key.partition("/")[0]) for _, bucket, key in puts} == {
         ("UploadsBucket", "uploads"),
         ("UploadsBucket", "inputs"),

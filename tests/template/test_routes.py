@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from functions.api import app
+from tests.system import function
 
 
 def _shape(path: str) -> str:
@@ -14,15 +14,17 @@ def _shape(path: str) -> str:
     return re.sub(r"<[^>]+>|\{[^}]+\}", "{}", path)
 
 
-def _routes_of_the_code() -> set[tuple[str, str]]:
+def _routes_of_the_code(name: str) -> set[tuple[str, str]]:
+    app = function(name).app
     # Powertools has no public list of them but the OpenAPI schema, which leaves out undocumented ones.
-    routes = [*app.app._static_routes, *app.app._dynamic_routes]
+    routes = [*app._static_routes, *app._dynamic_routes]
     return {(route.method.upper(), _shape(route.path)) for route in routes}
 
 
-def test_routes_agree(template):
-    routes = {(method, _shape(path)) for method, path, _ in template.operations() if method != "OPTIONS"}
-    assert routes == _routes_of_the_code()
+@pytest.mark.parametrize(("api", "name"), [("Api", "api"), ("CompatibleApi", "segmind")])
+def test_routes_agree(template, api, name):
+    routes = {(method, _shape(path)) for method, path, _ in template.operations(api) if method != "OPTIONS"}
+    assert routes == _routes_of_the_code(name)
 
 
 @pytest.mark.parametrize(

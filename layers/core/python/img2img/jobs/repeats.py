@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from img2img.aws import error_code
-from img2img.dynamo import string_in, text
+from img2img.dynamo import number, string_in, text
 from img2img.jobs.guards import Guard
 from img2img.jobs.items import expiry
 
@@ -37,11 +37,13 @@ class RepeatStore:
     def untie(self, guard: Guard, job_id: str) -> None:
         """Have a guard hold nothing, unless it holds another job."""
         try:
-            self._client.delete_item(
+            self._client.update_item(
                 TableName=self._table,
                 Key=_key(guard),
+                # By now, and not long ago: DynamoDB leaves alone what expired years before.
+                UpdateExpression="SET expires_at = :now",
                 ConditionExpression="job_id = :job",
-                ExpressionAttributeValues={":job": text(job_id)},
+                ExpressionAttributeValues={":job": text(job_id), ":now": number(int(self._clock()))},
             )
         except ClientError as error:
             if error_code(error) != "ConditionalCheckFailedException":
