@@ -26,9 +26,17 @@ def _image_bytes(services: Services, team: str, request: Img2ImgRequest) -> byte
 
 
 def submit(
-    services: Services, caller: Caller, request: Img2ImgRequest, *, idempotency_key: str | None, context: RemainingTime
+    services: Services,
+    caller: Caller,
+    request: Img2ImgRequest,
+    *,
+    idempotency_key: str | None,
+    context: RemainingTime,
+    waits: float = 0,
 ) -> Submission:
     """Create a job, or find the one that an earlier request with the same `Idempotency-Key` created.
+
+    `waits` is for how many seconds the caller waits for it.
 
     The picture is prepared before the job exists: an unreadable image makes no job, and no retry of a job decodes it
     again. Raises `InvalidRequest`, `UnsupportedImage`, `TooLarge` and `NotFound` about the request,
@@ -38,7 +46,7 @@ def submit(
     guard = guard_of(caller, idempotency_key, request.fingerprint)
 
     def make() -> Submission:
-        job = new_job(services, caller, request)
+        job = new_job(services, caller, request, waits=waits)
         made = create(services, job, input_of(services, job, _image_bytes(services, caller.team, request)), guard)
         if not made.job.status.is_terminal:
             send(services, made.job)
