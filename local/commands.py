@@ -25,6 +25,7 @@ _ENV = ROOT / ".local" / "aws.env"
 _SHORTEST_KEY = 20
 _VARIABLES = """environment variables:
   SEGMIND_API_KEY       calls the real Segmind instead of a simulated one
+  SEGMIND_API           which of its APIs is called: v1 (the default) or v2
   BACKEND               segmind (the default), sagemaker, or auto for both
   MODEL                 what the endpoint serves: a folder, or a name on a hub; without it random weights
   SAGEMAKER_INVOCATION  how the endpoint is called: async (the default) or realtime
@@ -112,6 +113,7 @@ def _new_stack(
         latency=latency,
         api_key=api_key,
         backend=_chosen("BACKEND", BACKENDS),
+        parameters={"SegmindApi": _chosen("SEGMIND_API", ("v1", "v2"))},
         invocation=_chosen("SAGEMAKER_INVOCATION", INVOCATIONS),
         model=os.environ.get("MODEL") or None,
         endpoint_python=endpoint_python.absolute(),

@@ -210,7 +210,7 @@ class Stack:
             return {}
         port, latency = self._segmind
         self.segmind = self._ending.enter_context(SegmindStandIn(_STAND_IN_KEY, port=port, latency=latency))
-        return {"SEGMIND_BASE_URL": self.segmind.url}
+        return {"SEGMIND_BASE_URL": self.segmind.url, "SEGMIND_OUTPUT_ORIGINS": self.segmind.origin}
 
     def _start_container(self) -> None:
         if self._container_url:

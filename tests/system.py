@@ -26,6 +26,7 @@ from moto import mock_aws
 from moto.core.base_backend import BackendDict
 from moto.moto_api._internal import moto_api_backend
 from moto.moto_api._internal.models import MotoAPIBackend
+from moto.sqs.models import Message
 
 from img2img import bootstrap
 from img2img.admin.audit import audit
@@ -296,7 +297,7 @@ def own_client(service: str) -> Any:
 def _create_resources() -> None:
     """Create the tables, queues and topics in moto, as `template.yaml` has them.
 
-    That is, but for the queues, whose messages are visible again at once.
+    That is, but for the queues, whose messages are visible at once, and again at once.
     """
     text = [{"AttributeName": name, "AttributeType": "S"} for name in ("pk", "sk", "open_shard")]
     own_client("dynamodb").create_table(
@@ -354,6 +355,8 @@ def _moto() -> MotoAPIBackend:
     boto3.setup_default_session()
     add_sequencers()
     make_fast()
+    # Tests move the clock, which is not SQS's.
+    Message.delay = lambda message, delay_seconds: None
     return moto_api_backend
 
 
@@ -407,12 +410,17 @@ def _endpoint(*, asynchronous: bool) -> EndpointSpec:
 
 
 @contextmanager
-def running_system(backend: str = "segmind", *, asynchronous: bool = True) -> Iterator[System]:
+def running_system(backend: str = "segmind", *, asynchronous: bool = True, segmind_api: str = "v1") -> Iterator[System]:
     """Start a deployment in memory, empty."""
     fresh_aws()
     with ExitStack() as ending:
         segmind = ending.enter_context(SegmindStandIn(SEGMIND_KEY))
-        environment = {"SEGMIND_BASE_URL": segmind.url, "BACKEND": backend}
+        environment = {
+            "SEGMIND_BASE_URL": segmind.url,
+            "SEGMIND_OUTPUT_ORIGINS": segmind.origin,
+            "SEGMIND_API": segmind_api,
+            "BACKEND": backend,
+        }
         container = front = None
         if backend != "segmind":
             container = ending.enter_context(FakeContainer())

@@ -133,7 +133,9 @@ def create() -> Response[Any]:
     caller = _caller(use)
     request = parse_request(_json(), use.presets.fields_of(caller.team))
     patience = negotiation.patience(_header("prefer"))
-    submission = submit(use, caller, request, idempotency_key=_idempotency_key(), context=app.lambda_context)
+    submission = submit(
+        use, caller, request, idempotency_key=_idempotency_key(), context=app.lambda_context, waits=patience.seconds
+    )
     _note(submission)
     # What is left of the time after the image was taken in: the gateway hangs up at 29 s.
     left = app.lambda_context.get_remaining_time_in_millis() / 1000 - 2
@@ -177,8 +179,7 @@ def create_upload() -> Response[Any]:
 def list_presets() -> Response[Any]:
     """List the team's presets, by name."""
     use = services()
-    team = _caller(use).team
-    return _answer(200, documents.presets_document(use.presets.list(team, parse_preset_page(_query()))))
+    return _answer(200, documents.presets_document(use.presets.list(_caller(use).team, parse_preset_page(_query()))))
 
 
 @app.get("/presets/<name>")
@@ -192,8 +193,7 @@ def read_preset(name: str) -> Response[Any]:
 def save_preset(name: str) -> Response[Any]:
     """Save a preset, in place of the one of this name."""
     use = services()
-    team = _caller(use).team
-    preset, new = use.presets.save(team, name, _json())
+    preset, new = use.presets.save(_caller(use).team, name, _json())
     return _answer(201 if new else 200, documents.preset_document(preset))
 
 

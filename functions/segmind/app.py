@@ -121,7 +121,7 @@ def run(model: str) -> Response[Any]:
     use = services()
     caller = _caller(use)
     request, ignored = _request(use, caller)
-    submission = compatible.submit_or_attach(use, caller, request)
+    submission = compatible.submit_or_attach(use, caller, request, waits=negotiation.MAX_WAIT)
     _note(submission)
     # What is left of the time after the image was taken in: the gateway hangs up at 29 s.
     left = app.lambda_context.get_remaining_time_in_millis() / 1000 - 2

@@ -24,9 +24,13 @@ def _run(record: dict[str, Any]) -> bool:
         message = JobMessage.from_json(record["body"])
         logger.append_keys(correlation_id=message.correlation_id, job_id=message.job_id, team=message.team)
         observe.describe(correlation_id=message.correlation_id, job_id=message.job_id)
-        run = run_job(use, message.team, message.job_id)
+        run = run_job(use, message.team, message.job_id, is_look=message.look)
         observe.job_run(retry_after=run.retry_after, remaining_credits=run.remaining_credits)
         retry_after = run.retry_after
+        if message.look and run.job and retry_after is not None:
+            # A look asks for nothing, so what is to be asked for again gets a message that does.
+            use.queue.send(run.job, after=retry_after)
+            retry_after = None
     except Exception as error:  # noqa: BLE001 (a message must never be lost to a bug)
         observe.log_unexpected(error)
     if retry_after is None:

@@ -19,6 +19,7 @@ OUTAGES = {
     "401": "backend_unauthorized",
     "403": "backend_unauthorized",
     "406-credits": "backend_out_of_credits",
+    "410": "backend_gone",
     "500": "backend_failed",
     "503": "backend_failed",
     "504": "backend_gateway_timeout",

@@ -106,6 +106,7 @@ ENDS = {
     "405": ("backend_refused", 502, 1, "Segmind answered 405: 405 Method Not Allowed"),
     "406-credits": ("backend_out_of_credits", 503, 1, "Segmind answered 406: Insufficient credits"),
     "406-content-type": ("backend_refused", 502, 1, "Content type must be application/json"),
+    "410": ("backend_gone", 503, 1, "Segmind answered 410: Gone: The model was retired"),
     "500": ("backend_failed", 502, 3, "Segmind answered 500: Internal server error"),
     "502": ("backend_failed", 502, 3, "Segmind answered 502: Bad gateway"),
     "503": ("backend_failed", 502, 3, "Segmind answered 503: Service unavailable"),

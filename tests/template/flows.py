@@ -325,6 +325,15 @@ def cancel_while_the_endpoint_works(system: System) -> None:
     assert system.job(job_id)["status"] == "canceled"
 
 
+def look_for_a_picture_of_segmind(system: System) -> None:
+    system.segmind.latency = 60
+    job_id = system.create().json["id"]
+    assert system.deliver() == 1
+    system.segmind.release()
+    assert system.deliver() == 1
+    assert system.job(job_id)["status"] == "succeeded"
+
+
 def front_of(system: System) -> SageMaker:
     assert system.sagemaker
     return system.sagemaker
@@ -399,12 +408,17 @@ def record_calls() -> list[Call]:
     """
     return [
         *_calls_of("segmind", FLOWS),
+        *_calls_of("segmind", (look_for_a_picture_of_segmind,), segmind_api="v2"),
         *_calls_of("auto", ENDPOINT_FLOWS),
     ]
 
 
-def _calls_of(backend: str, flows: tuple[Callable[[System], None], ...]) -> list[Call]:
-    with pytest.MonkeyPatch.context() as patch, _recorded(patch, backend) as calls, running_system(backend) as system:
+def _calls_of(backend: str, flows: tuple[Callable[[System], None], ...], *, segmind_api: str = "v1") -> list[Call]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        _recorded(patch, backend) as calls,
+        running_system(backend, segmind_api=segmind_api) as system,
+    ):
         # S3's test event.
         assert take_in(system) == [True]
         if backend == "auto":

@@ -26,7 +26,8 @@ UNSEEN = {
         ("s3:PutObject", "UploadsBucket/awaited/*"),
     },
     "worker": {STALE, NO_ANSWER, *((action, "JobsQueue") for action in FEED)},
-    "collect": {STALE, NO_ANSWER, *((action, "ResultsQueue") for action in FEED)},
+    # Of a job that one backend left half to the other.
+    "collect": {STALE, NO_ANSWER, ("sqs:SendMessage", "JobsQueue"), *((action, "ResultsQueue") for action in FEED)},
     "ingest": {
         ("s3:ListBucket", "UploadsBucket"),
         ("dynamodb:GetItem", "IdempotencyTable"),

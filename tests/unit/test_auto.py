@@ -23,6 +23,7 @@ PARAMS = Img2ImgParams(prompt="a castle", seed=7)
 UNABLE = [
     errors.BackendOutOfCredits,
     errors.BackendUnauthorized,
+    errors.BackendGone,
     errors.BackendFailed,
     errors.BackendUnreachable,
     errors.BackendTimeout,

@@ -28,7 +28,7 @@ CLIENT_MAKERS = {"bootstrap", "admin.stack"}
 TAKE_CONTEXT = {"flows.intake", "flows.submit", "flows.ingest", "flows.upload"}
 LONGEST = 330
 # A story each, told in one file: a pipeline's step, and what an emulated service or a template's reading comes to.
-LONGER = {"endpoint/engine.py", "local/segmind.py", "local/sagemaker.py", "local/template.py"}
+LONGER = {"endpoint/engine.py", "local/sagemaker.py", "local/template.py"}
 
 
 def name_of(path: Path) -> str:

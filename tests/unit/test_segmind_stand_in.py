@@ -198,6 +198,7 @@ def test_control_rotates_delays_counts_and_resets(segmind: SegmindStandIn) -> No
         "calls": 0,
         "calls_by_seed": {},
         "billed": 0,
+        "looks": {},
         "behaviours": [],
         "credits": 100.0,
     }

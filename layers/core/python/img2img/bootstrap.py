@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_sqs import SQSClient
 
-    from img2img.backends import AsyncBackend, Backend, Notice
+    from img2img.backends import AsyncBackend, Backend, Notice, Pending
+    from img2img.backends.auto import AutoBackend
     from img2img.backends.sagemaker import SageMakerBackend
-    from img2img.backends.segmind import SegmindBackend
+    from img2img.backends.segmind_http import KeySource
+    from img2img.backends.segmind_v2 import SegmindQueue
+    from img2img.errors import JobError
     from img2img.fetch import Fetcher
     from img2img.jobs.job import Job
     from img2img.params import Img2ImgParams
@@ -172,22 +175,31 @@ class Services:
         """What generates the pictures."""
         match self.settings.backend:
             case "segmind":
-                return self._segmind()
+                return self._segmind_asked()
             case "sagemaker":
                 return self.sagemaker
             case "auto":
-                from img2img.backends.auto import AutoBackend
-
-                asynchronous = self.settings.sagemaker_invocation == "async"
-                # In real time both calls have to fit into the worker's 120 s.
-                longest = math.inf if asynchronous else 110 - _REALTIME_SECONDS
-                # Large pictures take long without anything being wrong, and what is given up may be billed.
-                patient = self._segmind(
-                    lambda params: min(self.settings.fallback_after * max(params.work / UNIT_OF_WORK, 1), longest)
-                )
-                reserve = _COLD_START_SECONDS if asynchronous else _REALTIME_SECONDS
-                return AutoBackend(patient, self.sagemaker, reserve=reserve, clock=self.clock)
+                return self._auto
         raise AssertionError("settings admit no other backend")
+
+    @cached_property
+    def _auto(self) -> AutoBackend:
+        from img2img.backends.auto import AutoBackend
+
+        asynchronous = self.settings.sagemaker_invocation == "async"
+        # In real time both calls have to fit into the worker's 120 s.
+        longest = math.inf if asynchronous else 110 - _REALTIME_SECONDS
+        # Large pictures take long without anything being wrong, and what is given up may be billed.
+        patient = self._segmind_asked(
+            lambda params: min(self.settings.fallback_after * max(params.work / UNIT_OF_WORK, 1), longest)
+        )
+        reserve = _COLD_START_SECONDS if asynchronous else _REALTIME_SECONDS
+        return AutoBackend(patient, self.sagemaker, reserve=reserve, clock=self.clock)
+
+    def instead(self, call: Pending, error: JobError) -> Backend | None:
+        """Return what serves a sample whose pending call came to this error; None where nothing stands in for it."""
+        stands_in = self.settings.backend == "auto" and call.backend == self.settings.first_backend
+        return self._auto.instead(error) if stands_in else None
 
     @cached_property
     def sagemaker(self) -> SageMakerBackend:
@@ -221,9 +233,15 @@ class Services:
 
         return read_notice(body)
 
-    def asks(self, backend: str) -> bool:
-        """Whether the deployment asks a backend; from one that was taken out of service no answer is waited for."""
-        return backend in self.settings.asked_backends
+    def pays_by_call(self, backend: str) -> bool:
+        """Whether asking a backend again costs again, so that no call of it may be forgotten."""
+        return backend in _PAID_BY_CALL
+
+    def follows(self, backend: str) -> bool:
+        """Whether answers of a backend are waited for: one that was taken out of service may have taken its answers
+        with it, but for what was paid for.
+        """
+        return self.pays_by_call(backend) or backend in self.settings.asked_backends
 
     def understands(self, job: Job) -> bool:
         """Whether this version knows what decides what becomes of a job; see `stored`."""
@@ -234,10 +252,9 @@ class Services:
             and are_known(job.params)
         )
 
-    def _segmind(self, patience: Callable[[Img2ImgParams], float] = lambda _: math.inf) -> SegmindBackend:
+    @cached_property
+    def _segmind_key(self) -> KeySource:
         from aws_lambda_powertools.utilities.parameters import GetParameterError, SecretsProvider
-
-        from img2img.backends.segmind import SegmindBackend
 
         secrets = SecretsProvider(boto3_client=boto3.client("secretsmanager", config=_CONFIG))
 
@@ -248,12 +265,44 @@ class Services:
             except GetParameterError:
                 raise BackendUnreachable("The backend's key could not be read") from None
 
+        return key
+
+    def _segmind_asked(self, patience: Callable[[Img2ImgParams], float] = lambda _: math.inf) -> Backend:
+        if self.settings.segmind_api == "v2":
+            return self._segmind_queue(patience)
+        from img2img.backends.segmind import SegmindBackend
+
         return SegmindBackend(
-            base_url=self.settings.segmind_base_url, key=key, timeout=self.settings.segmind_timeout, patience=patience
+            base_url=self.settings.segmind_base_url,
+            key=self._segmind_key,
+            timeout=self.settings.segmind_timeout,
+            patience=patience,
         )
 
+    def _segmind_queue(self, patience: Callable[[Img2ImgParams], float] = lambda _: math.inf) -> SegmindQueue:
+        from img2img.backends.segmind_v2 import SegmindQueue
 
-_ASYNC_BACKENDS: Mapping[str, Callable[[Services], AsyncBackend]] = {"sagemaker": lambda use: use.sagemaker}
+        return SegmindQueue(
+            base_url=self.settings.segmind_base_url,
+            origins=self.settings.segmind_output_origins.split(","),
+            key=self._segmind_key,
+            timeout=self.settings.segmind_timeout,
+            patience=patience,
+            clock=self.clock,
+        )
+
+    @cached_property
+    def segmind_queue(self) -> SegmindQueue:
+        """Segmind's queue, for what lies in it whatever is asked by now."""
+        return self._segmind_queue()
+
+
+_ASYNC_BACKENDS: Mapping[str, Callable[[Services], AsyncBackend]] = {
+    "segmind": lambda use: use.segmind_queue,
+    "sagemaker": lambda use: use.sagemaker,
+}
+# An endpoint costs by the hour, whatever it is asked.
+_PAID_BY_CALL = frozenset({"segmind"})
 
 
 @cache

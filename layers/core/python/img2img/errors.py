@@ -29,6 +29,7 @@ ServiceError                        code                    HTTP  retryable
     ├── OutputBlocked               output_blocked           502
     ├── BackendUnauthorized         backend_unauthorized     503
     ├── BackendOutOfCredits         backend_out_of_credits   503
+    ├── BackendGone                 backend_gone             503
     ├── BackendRateLimited          backend_rate_limited     503  yes
     ├── BackendTimeout              backend_timeout          504
     ├── BackendGatewayTimeout       backend_gateway_timeout  504  yes
@@ -206,6 +207,10 @@ class BackendUnauthorized(JobError):
 
 class BackendOutOfCredits(JobError):
     code, status, title = "backend_out_of_credits", 503, "The backend is out of credits"
+
+
+class BackendGone(JobError):
+    code, status, title = "backend_gone", 503, "The backend has the model no more"
 
 
 class BackendRateLimited(JobError):

@@ -76,6 +76,9 @@ def job_ended(
         ended.add_metric("QueueTime", MetricUnit.Milliseconds, queue_ms)
     if backend_ms is not None:
         ended.add_metric("BackendTime", MetricUnit.Milliseconds, backend_ms)
+    if "backend_gone" in (code, backend_reason):
+        # Also where another backend serves in its place: somebody has to know.
+        ended.add_metric("BackendGone", MetricUnit.Count, 1)
     ended.flush_metrics()
     if code:
         with single_metric("FailuresByCode", MetricUnit.Count, 1) as failures:

@@ -25,8 +25,16 @@ class Settings:
     results_bucket: str = _setting("RESULTS_BUCKET", "bucket of results")
     jobs_queue_url: str = _setting("JOBS_QUEUE_URL", "SQS queue that feeds the worker")
     uploads_queue_url: str = _setting("UPLOADS_QUEUE_URL", "SQS queue of S3's notices of new objects")
-    segmind_secret_id: str = _setting("SEGMIND_SECRET_ID", "Secrets Manager secret that holds the Segmind key")
-    segmind_base_url: str = _setting("SEGMIND_BASE_URL", "address of Segmind's v1 API", "https://api.segmind.com/v1")
+    segmind_secret_id: str = _setting("SEGMIND_SECRET_ID", "Secrets Manager secret that holds the Segmind key", "")
+    segmind_api: str = _setting("SEGMIND_API", "Segmind's API that is asked: v1 or v2", "v1", ("v1", "v2"))
+    segmind_base_url: str = _setting(
+        "SEGMIND_BASE_URL", "address of Segmind's v1 API, beside which v2 lies", "https://api.segmind.com/v1"
+    )
+    segmind_output_origins: str = _setting(
+        "SEGMIND_OUTPUT_ORIGINS",
+        "v2: origins that Segmind's pictures are fetched from, between commas",
+        "https://images.segmind.com,https://segmind-inference-io.s3.amazonaws.com",
+    )
     segmind_timeout: int = _setting("SEGMIND_TIMEOUT_SECONDS", "longest wait for one Segmind answer", 90)
     backend: str = _setting(
         "BACKEND",

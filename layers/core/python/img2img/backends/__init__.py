@@ -63,6 +63,7 @@ class Notice:
 class Wait(StoredEnum):
     """What a job that is being processed waits for."""
 
+    BACKEND_BUSY = "backend_busy"
     ENDPOINT_BUSY = "endpoint_busy"
     ENDPOINT_STARTING = "endpoint_starting"
 
@@ -73,6 +74,7 @@ class Wait(StoredEnum):
 
 
 _WAITS = {
+    Wait.BACKEND_BUSY: "The backend has the job, and is asked again and again whether it is done",
     Wait.ENDPOINT_BUSY: "The GPU endpoint has the job, and answers by itself",
     Wait.ENDPOINT_STARTING: "The GPU endpoint was scaled to zero and is starting, which takes 5 to 10 minutes",
 }
@@ -126,6 +128,10 @@ class AsyncBackend(Backend, Protocol):
         counts whichever call it came from, a failure only of the pending one. A look that fails gives None, for there
         will be another. Raises the `JobError` of a call that failed, and botocore's `ClientError` and `BotoCoreError`.
         """
+        ...
+
+    def look_after(self, pending: Pending) -> float | None:
+        """Return the seconds until the next look at a call, None where the backend gives notice by itself."""
         ...
 
     def waits_for(self, *, answering: bool) -> Wait:

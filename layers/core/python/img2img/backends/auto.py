@@ -9,6 +9,7 @@ from img2img.backends import Backend, GeneratedImage, Pending
 from img2img.errors import (
     BackendFailed,
     BackendGatewayTimeout,
+    BackendGone,
     BackendOutOfCredits,
     BackendRateLimited,
     BackendTimeout,
@@ -22,6 +23,7 @@ from img2img.params import Img2ImgParams
 _UNABLE = (
     BackendOutOfCredits,
     BackendUnauthorized,
+    BackendGone,
     BackendFailed,
     BackendUnreachable,
     BackendTimeout,
@@ -38,7 +40,8 @@ class _Outage:
 
 
 class AutoBackend:
-    """Asks `first`, and `second` when the first is out of credits, unauthorised, down, or rate limited for too long.
+    """Asks `first`, and `second` when the first is out of credits, unauthorised, gone, down, or rate limited for too
+    long.
 
     Too long is when fewer than `reserve` seconds would be left for the second. What it gives back carries the code of
     the first one's error as `reason`. `clock` tells epoch seconds.
@@ -66,7 +69,33 @@ class AutoBackend:
                     raise
                 # Of this job alone: another may have the time to wait.
                 outage = self._pause(error)
-        return replace(self._second.generate(image, params, seed, name=name, until=until), reason=outage.reason)
+        return self._instead(outage.reason).generate(image, params, seed, name=name, until=until)
+
+    def instead(self, error: JobError) -> Backend | None:
+        """Return what serves a sample whose call of the first backend, pending until now, came to this error.
+
+        None when the second would do no better.
+        """
+        if not isinstance(error, _UNABLE):
+            return None
+        self._outage = self._pause(error)
+        return self._instead(error.code)
+
+    def _instead(self, reason: str) -> Backend:
+        return _Instead(self._second, reason)
 
     def _pause(self, error: JobError) -> _Outage:
         return _Outage(error.code, self._clock() + PAUSE_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Instead:
+    """A backend that serves what another one could not, which its answers say."""
+
+    backend: Backend
+    reason: str
+
+    def generate(
+        self, image: bytes, params: Img2ImgParams, seed: int, *, name: str, until: float
+    ) -> GeneratedImage | Pending:
+        return replace(self.backend.generate(image, params, seed, name=name, until=until), reason=self.reason)

@@ -187,6 +187,10 @@ class SageMakerBackend:
             return None
         return _whole(answer["Body"])
 
+    def look_after(self, pending: Pending) -> None:  # noqa: ARG002 (there is a notice of each)
+        """Return None: SageMaker says when it is done."""
+        return
+
     def waits_for(self, *, answering: bool) -> Wait:
         """Return what a pending sample waits for: an endpoint that answers runs, and is not asked about."""
         return Wait.ENDPOINT_STARTING if not answering and self.is_cold() else Wait.ENDPOINT_BUSY

@@ -23,7 +23,7 @@ IDLE_SECONDS = 20.0
 
 
 class Transport(HTTPAdapter):
-    """One pool for all threads. Whatever keeps a connection from being made is a `NewConnectionError`.
+    """One pool a host for all threads. Whatever keeps a connection from being made is a `NewConnectionError`.
 
     A request and its answer take at most `limit` seconds, and the read timeout of the call, however they drip. Nothing
     is repeated.
@@ -31,7 +31,7 @@ class Transport(HTTPAdapter):
 
     def __init__(self, *, limit: float, clock: Callable[[], float]) -> None:
         self._settings = {"limit": limit, "clock": staticmethod(clock)}
-        super().__init__(pool_connections=1, pool_maxsize=16, max_retries=0)
+        super().__init__(pool_connections=4, pool_maxsize=16, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         """Make the pool, of connections that keep the deadline."""

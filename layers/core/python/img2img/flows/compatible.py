@@ -57,7 +57,7 @@ def _repeat_of(caller: Caller, request: Img2ImgRequest) -> Guard:
     return Guard(caller.team, f"{caller.key_id}#{fingerprint}", fingerprint, kind="REPEAT")
 
 
-def submit_or_attach(services: Services, caller: Caller, request: Img2ImgRequest) -> Submission:
+def submit_or_attach(services: Services, caller: Caller, request: Img2ImgRequest, *, waits: float) -> Submission:
     """Create a job, or find the one that the same request of the same key made and was never given.
 
     Raises as `submit` does, but for what is about idempotency keys.
@@ -73,10 +73,10 @@ def submit_or_attach(services: Services, caller: Caller, request: Img2ImgRequest
         services.repeats.untie(repeat, earlier)
     try:
         # Without a seed the same request may come twice at once, for two pictures.
-        return make(services, caller, request, repeat if request.params.seed >= 0 else None)
+        return make(services, caller, request, repeat if request.params.seed >= 0 else None, waits=waits)
     except Gone:
         # Made by the same request a moment ago, and deleted since.
-        return make(services, caller, request)
+        return make(services, caller, request, waits=waits)
 
 
 def waited(services: Services, caller: Caller, request: Img2ImgRequest, job: Job, *, seconds: float) -> Answer:

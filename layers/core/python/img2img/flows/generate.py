@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from img2img import images
 from img2img.aws import AwsError
-from img2img.backends import GeneratedImage, Notice, Pending
+from img2img.backends import Backend, GeneratedImage, Notice, Pending
 from img2img.errors import BackendBroken, InternalError, JobError, OutputBlocked, UnsupportedImage
 from img2img.jobs.job import Job, Output, OutputStatus, missing
 
@@ -49,6 +50,27 @@ class Sample:
     def is_over(self) -> bool:
         """Whether nothing more will come of it in this run or by itself."""
         return self.output is not None or self.error is not None
+
+
+class UnderWay:
+    """What a claimed job has under way, as far as it is known by now: also what no write has kept yet."""
+
+    def __init__(self, services: Services, job: Job) -> None:
+        self.pending = dict(job.pending)
+        self._services = services
+        self._job = job
+        self._lock = threading.Lock()
+
+    def add(self, index: int, call: Pending, *, at_once: bool) -> None:
+        """Remember a call; `at_once` writes it down, in the next breath after it was made."""
+        with self._lock:
+            self.pending[index] = call
+            if at_once:
+                try:
+                    self._services.jobs.note(replace(self._job, pending=self.pending))
+                except AwsError as error:
+                    # What is written when the job is let go of holds it as well.
+                    logger.warning("call not written down", error=type(error).__name__, index=index)
 
 
 def _keep(storage: Storage, job: Job, index: int, generated: GeneratedImage) -> Output:
@@ -124,16 +146,31 @@ def take_answers(services: Services, job: Job, notice: Notice | None) -> list[Sa
     return _take_all(services, job, [Sample(index=index) for index in sorted({*told, *job.pending})], answer)
 
 
-def ask_for(services: Services, job: Job, indexes: list[int]) -> list[Sample]:
-    """Ask the backend for samples, all at the same time. Raises botocore's errors for the picture they start from."""
+def is_awaited(services: Services, job: Job) -> bool:
+    """Whether the job's caller still waits for it."""
+    return services.clock() < (job.waited_until or 0)
+
+
+def ask_for(
+    services: Services, job: Job, indexes: list[int], instead: Mapping[int, Backend], under_way: UnderWay
+) -> list[Sample]:
+    """Ask for samples, all at the same time: the backend or, of those that it failed, what stands in for it.
+
+    Raises botocore's errors for the picture they start from.
+    """
     if not indexes:
         return []
     image = services.storage.get_input(job)
     backend = services.backend
+    # Of one sample that nobody waits for, the job's release is the next write.
+    is_last_write = len(indexes) == 1 and not is_awaited(services, job)
 
     def generate(index: int) -> GeneratedImage | Pending:
         # The claim's own id keeps the notices of earlier calls apart.
-        name = f"{job.team}/{job.id}/{job.lease}/{index}"
-        return backend.generate(image, job.params, job.params.seed_of(index), name=name, until=job.deadline_at)
+        name, seed = f"{job.team}/{job.id}/{job.lease}/{index}", job.params.seed_of(index)
+        made = instead.get(index, backend).generate(image, job.params, seed, name=name, until=job.deadline_at)
+        if isinstance(made, Pending):
+            under_way.add(index, made, at_once=services.pays_by_call(made.backend) and not is_last_write)
+        return made
 
     return _take_all(services, job, [Sample(index=index) for index in indexes], generate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,8 +75,9 @@ def new_job(
     *,
     status: Status = Status.QUEUED,
     source: Source | None = None,
+    waits: float = 0,
 ) -> Job:
-    """Return a job that is nowhere yet, with its price."""
+    """Return a job that is nowhere yet, with its price; `waits` is for how many seconds its caller waits for it."""
     now = services.clock()
     params = request.params.resolved()
     deadline_at = int(now) + services.settings.job_deadline
@@ -94,6 +96,7 @@ def new_job(
         created_ms=int(now * 1000),
         due_at=min(int(now) + RESEND_AFTER, deadline_at),
         deadline_at=deadline_at,
+        waited_until=math.ceil(now + waits) if waits > 0 else None,
     )
 
 
@@ -142,10 +145,10 @@ def _is_there(services: Services, job: Job) -> bool:
     return False
 
 
-def send(services: Services, job: Job) -> None:
+def send(services: Services, job: Job, *, after: int = 0, look: bool = False) -> None:
     """Ask a worker to run a job that exists. It would be run anyway, so a queue that takes nothing is no error."""
     try:
-        services.queue.send(job)
+        services.queue.send(job, after=after, look=look)
     except AwsError as error:
         logger.warning("job not sent, sweep will send it", error=type(error).__name__, job_id=job.id)
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from aws_lambda_powertools import Logger
 
 from img2img.aws import AwsError
-from img2img.backends import GeneratedImage, Notice, Pending, Wait
+from img2img.backends import Backend, GeneratedImage, Notice, Pending, Wait
 from img2img.errors import BackendRateLimited, DeadlineExceeded, InternalError, JobError, NotFound
 from img2img.flows import ending
-from img2img.flows.generate import Sample, StorageTrouble, ask_for, take_answers
+from img2img.flows.generate import Sample, StorageTrouble, UnderWay, ask_for, is_awaited, take_answers
+from img2img.flows.intake import send
 from img2img.jobs.job import (
     DEADLINE_PASSED,
     RESEND_AFTER,
@@ -36,6 +37,10 @@ logger = Logger(child=True)
 # An attempt ends in a crash, in an error that is safe to repeat, or in S3 not taking a picture. So a sample is asked
 # for three times at most, waits for a rate limit aside.
 MAX_ATTEMPTS = 3
+# While a caller waits the worker looks itself, so often.
+LOOK_SECONDS = 1.0
+# A look that is due within this time is on its way: messages come no earlier than asked for, by any clock.
+_ABOUT_NOW_MS = 500
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ def _backoff(job: Job, again: Mapping[int, JobError], now: float) -> int | None:
     return wait if now + wait < job.deadline_at else None
 
 
-def run_job(services: Services, team: str, job_id: str, notice: Notice | None = None) -> Run:
-    """Run a job to its end, or to where it has to wait; `notice` is what a backend said of one of its samples.
+def run_job(services: Services, team: str, job_id: str, notice: Notice | None = None, *, is_look: bool = False) -> Run:
+    """Run a job to its end, or to where it has to wait; `notice` is what a backend said of one of its samples, and a
+    look is for those that are under way.
 
     A second delivery of the same message finds the job claimed or ended and changes nothing. Raises botocore's
     `ClientError` and `BotoCoreError`, with the job released for another attempt where that was possible.
@@ -91,24 +97,24 @@ def run_job(services: Services, team: str, job_id: str, notice: Notice | None = 
         services.jobs.give_back(job)
         logger.error("stored by a newer version", job_id=job_id, team=team)
         return Run(held=True)
-    # A backend that was taken out of service took its answers with it.
-    waiting = {index: call for index, call in job.pending.items() if services.asks(call.backend)}
+    waiting = {index: call for index, call in job.pending.items() if services.follows(call.backend)}
     job = replace(job, pending=waiting)
-    with _released_on_trouble(services, job, counts=False):
+    under_way = UnderWay(services, job)
+    with _released_on_trouble(services, job, under_way, counts=False):
         answers = take_answers(services, job, notice)
-    with _released_on_trouble(services, job, counts=True):
-        return _run_claimed(services, job, answers, notice)
+    with _released_on_trouble(services, job, under_way, counts=True):
+        return _run_claimed(services, job, answers, notice, under_way, is_look=is_look)
 
 
 @contextmanager
-def _released_on_trouble(services: Services, job: Job, *, counts: bool) -> Iterator[None]:
+def _released_on_trouble(services: Services, job: Job, under_way: UnderWay, *, counts: bool) -> Iterator[None]:
     try:
         yield
     except AwsError:
         # Otherwise the next delivery would wait for the lease to run out.
         due_at = min(int(services.clock()) + RESEND_AFTER, job.deadline_at)
         with suppress(*AwsError):
-            services.jobs.release(job, due_at=due_at, counts=counts)
+            services.jobs.release(replace(job, pending=under_way.pending), due_at=due_at, counts=counts)
         raise
 
 
@@ -122,12 +128,22 @@ def collect(services: Services, notice: Notice) -> Run:
     return run_job(services, team, job_id, notice)
 
 
-def _run_claimed(services: Services, job: Job, samples: list[Sample], notice: Notice | None) -> Run:
+def _run_claimed(
+    services: Services,
+    job: Job,
+    samples: list[Sample],
+    notice: Notice | None,
+    under_way: UnderWay,
+    *,
+    is_look: bool,
+) -> Run:
+    samples, instead = _served_instead(services, job, samples)
     over = {sample.index for sample in samples if sample.is_over}
     absent = [index for index in missing(job) if index not in over and index not in job.pending]
-    if notice:
+    if notice or is_look:
         # The others have messages of their own, which come when they may be asked for again.
-        absent = [index for index in absent if index == notice.index]
+        absent = [index for index in absent if notice and index == notice.index]
+    absent = sorted({*absent, *instead})
     if absent and job.attempts > 1:
         # An earlier attempt may have crashed with pictures already paid for and stored.
         job = with_outputs(job, services.storage.stored_outputs(job))
@@ -139,8 +155,43 @@ def _run_claimed(services: Services, job: Job, samples: list[Sample], notice: No
         # Only crashes lead here: who counts a failure also sees when it was the last one.
         given_up = [index for index in absent if tries(job, index) >= MAX_ATTEMPTS]
         samples += [Sample(index=index, error=InternalError("The job could not be completed")) for index in given_up]
-        samples += ask_for(services, job, [index for index in absent if index not in given_up])
+        asked_for = [index for index in absent if index not in given_up]
+        samples += ask_for(services, job, asked_for, instead, under_way)
+        if not notice:
+            samples = _watched(services, job, samples, under_way)
     return _conclude(services, job, samples, told=notice is not None)
+
+
+def _served_instead(services: Services, job: Job, samples: list[Sample]) -> tuple[list[Sample], dict[int, Backend]]:
+    """Return the samples without those that another backend serves now, and what serves these."""
+    instead = {
+        sample.index: backend
+        for sample in samples
+        if sample.error
+        and (call := job.pending.get(sample.index))
+        and (backend := services.instead(call, sample.error))
+    }
+    return [sample for sample in samples if sample.index not in instead], instead
+
+
+def _watched(services: Services, job: Job, samples: list[Sample], under_way: UnderWay) -> list[Sample]:
+    """Look again and again at what is under way, for as long as the job's caller waits."""
+    while is_awaited(services, job):
+        over = {sample.index for sample in samples if sample.is_over}
+        calls = {
+            index: call for index, call in under_way.pending.items() if index in missing(job) and index not in over
+        }
+        waits = [services.async_backend(call.backend).look_after(call) for call in calls.values()]
+        if not waits or None in waits:
+            break
+        services.sleep(LOOK_SECONDS)
+        looked_at = replace(job, pending=calls)
+        found, instead = _served_instead(services, looked_at, take_answers(services, looked_at, None))
+        found = [sample for sample in found if sample.is_over]
+        found += ask_for(services, job, sorted(instead), instead, under_way)
+        seen = {sample.index for sample in found}
+        samples = [*(sample for sample in samples if sample.index not in seen), *found]
+    return samples
 
 
 def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool) -> Run:
@@ -160,11 +211,18 @@ def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool
     if not missing(job):
         ended = ending.finish(services, job)
         return replace(run, job=ended) if ended else _moved_on(services, job, run)
+    look = _look_after(services, job, now)
+    if look:
+        job = replace(job, look_ms=int((now + look) * 1000))
     job = replace(job, waits_for=_what_for(services, job, told=told))
-    # The backend's notice, or the message's own return, comes first; `sweep` only steps in when that is lost.
-    due_at = next_look(job, int(now)) if wait is None else min(int(now) + wait + RESEND_AFTER, job.deadline_at)
+    # The backend's notice, or the message that is to come, comes first; `sweep` only steps in when that is lost.
+    message = max(wait or 0, look or 0, ((job.look_ms or 0) / 1000 - now if job.pending else 0))
+    due_at = min(int(now + message) + RESEND_AFTER, job.deadline_at) if message > 0 else next_look(job, int(now))
     if not services.jobs.release(job, due_at=due_at, counts=False):
         return _moved_on(services, job, run)
+    if look:
+        # A message of its own: how often one comes back is counted.
+        send(services, job, after=look, look=True)
     logger.info(
         "job waits",
         codes=sorted({error.code for error in again.values()}),
@@ -173,6 +231,15 @@ def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool
         failures=sum(job.failures.values()),
     )
     return replace(run, job=job, retry_after=wait)
+
+
+def _look_after(services: Services, job: Job, now: float) -> int | None:
+    """Return after how many seconds a message is to look at what is under way; None if none is needed, or one comes."""
+    calls = job.pending.values()
+    waits = [services.async_backend(call.backend).look_after(call) for call in calls]
+    due = [wait for wait in waits if wait is not None]
+    is_coming = (job.look_ms or 0) > now * 1000 + _ABOUT_NOW_MS
+    return math.ceil(min(due)) if due and not is_coming else None
 
 
 def _moved_on(services: Services, job: Job, run: Run) -> Run:

@@ -27,9 +27,17 @@ def _image_bytes(services: Services, team: str, request: Img2ImgRequest) -> byte
 
 
 def submit(
-    services: Services, caller: Caller, request: Img2ImgRequest, *, idempotency_key: str | None, context: RemainingTime
+    services: Services,
+    caller: Caller,
+    request: Img2ImgRequest,
+    *,
+    idempotency_key: str | None,
+    context: RemainingTime,
+    waits: float = 0,
 ) -> Submission:
     """Create a job, or find the one that an earlier request with the same `Idempotency-Key` created.
+
+    `waits` is for how many seconds the caller waits for it.
 
     The picture is prepared before the job exists: an unreadable image makes no job, and no retry of a job decodes it
     again. Raises `InvalidRequest`, `UnsupportedImage`, `TooLarge` and `NotFound` about the request,
@@ -38,13 +46,15 @@ def submit(
     """
     guard = guard_of(caller, idempotency_key, request.fingerprint)
     if guard is None:
-        return make(services, caller, request)
-    return once(services, guard, context, lambda: make(services, caller, request, guard), prefix="create")
+        return make(services, caller, request, waits=waits)
+    return once(services, guard, context, lambda: make(services, caller, request, guard, waits=waits), prefix="create")
 
 
-def make(services: Services, caller: Caller, request: Img2ImgRequest, guard: Guard | None = None) -> Submission:
+def make(
+    services: Services, caller: Caller, request: Img2ImgRequest, guard: Guard | None = None, *, waits: float = 0
+) -> Submission:
     """Create a job and ask a worker to run it, or find the one that the guard holds; raises as `submit` does."""
-    job = new_job(services, caller, request)
+    job = new_job(services, caller, request, waits=waits)
     made = create(services, job, input_of(services, job, _image_bytes(services, caller.team, request)), guard)
     if not made.job.status.is_terminal:
         send(services, made.job)

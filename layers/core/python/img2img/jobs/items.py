@@ -61,6 +61,7 @@ def to_item(job: Job) -> dict[str, Any]:
         **receipt(job.credits),
         "price_version": text(job.credits.price_version),
         **({"source": text(json.dumps(asdict(job.source)))} if job.source else {}),
+        **({"waited_until": number(job.waited_until)} if job.waited_until else {}),
         **(end(job) if job.status.is_terminal else {"due_at": number(job.due_at or job.deadline_at)}),
     }
 
@@ -137,6 +138,8 @@ def _to_job(item: Item) -> Job:
             for output in stored("outputs", "[]")
         ),
         pending={int(index): _to_pending(sample) for index, sample in stored("pending", "{}").items()},
+        look_ms=integer("look_ms") or None,
+        waited_until=integer("waited_until"),
         waits_for=Wait(string_in(item, "waits_for")) if string_in(item, "waits_for") else None,
         error_code=string_in(item, "error_code"),
         error_detail=string_in(item, "error_detail"),

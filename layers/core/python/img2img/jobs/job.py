@@ -104,7 +104,8 @@ class Job:
     """One request on its way. Times are epoch milliseconds, but `due_at` and `deadline_at` epoch seconds.
 
     `due_at` is when `sweep` looks at an unfinished job: for a claimed one that is the end of its lease. `pending` are
-    the samples, by index, that a backend works on by itself; meanwhile the job belongs to no worker. `backend_reason`
+    the samples, by index, that a backend works on by itself; meanwhile the job belongs to no worker, and `look_ms` is
+    when a message comes to look at them. `waited_until` is until when its caller waits, in seconds. `backend_reason`
     is the error for which `backend`, and not the one asked first, serves the job. `attempts` counts the claims that
     were not given back in order, this one included; `failures` the calls, by sample, that may be repeated.
     """
@@ -131,6 +132,8 @@ class Job:
     lease: str | None = None
     outputs: tuple[Output, ...] = ()
     pending: Mapping[int, Pending] = field(default_factory=dict)
+    look_ms: int | None = None
+    waited_until: int | None = None
     waits_for: Wait | None = None
     error_code: str = ""
     error_detail: str = ""

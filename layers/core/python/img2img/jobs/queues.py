@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobMessage:
-    """Names the job to run, and the request that asked for it."""
+    """Names the job to run, and the request that asked for it.
+
+    A `look` is for what is under way, and asks for nothing that waits for its time: that has a message of its own.
+    """
 
     team: str
     job_id: str
     correlation_id: str
+    look: bool = False
 
     @classmethod
     def from_json(cls, body: str) -> JobMessage:
@@ -40,9 +44,10 @@ class Queue:
         self._client = client
         self._url = url
 
-    def put(self, message: Mapping[str, Any]) -> None:
-        """Send a message."""
-        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(message))
+    def put(self, message: Mapping[str, Any], *, after: int = 0) -> None:
+        """Send a message, which comes after so many seconds: 900 at most."""
+        delay: dict[str, Any] = {"DelaySeconds": min(after, 900)} if after else {}
+        self._client.send_message(QueueUrl=self._url, MessageBody=json.dumps(message), **delay)
 
     def redeliver(self, receipt_handle: str, seconds: int) -> None:
         """Have a message that is reported as failed come back after `seconds`, not after the queue's default."""
@@ -54,6 +59,6 @@ class Queue:
 class JobQueue(Queue):
     """Sends jobs to the worker."""
 
-    def send(self, job: Job) -> None:
-        """Ask a worker to run the job; asking twice is harmless."""
-        self.put(asdict(JobMessage(job.team, job.id, job.correlation_id)))
+    def send(self, job: Job, *, after: int = 0, look: bool = False) -> None:
+        """Ask a worker to run the job, or to look at it, after so many seconds; asking twice is harmless."""
+        self.put(asdict(JobMessage(job.team, job.id, job.correlation_id, look)), after=after)

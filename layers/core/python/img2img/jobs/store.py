@@ -179,14 +179,16 @@ class JobStore:
         released, held = self._update(
             job.team,
             job.id,
-            "SET #status = :status, due_at = :due, outputs = :outputs, pending = :pending, waits_for = :waits_for, "
-            "failures = :failures, backend = :backend, backend_reason = :reason REMOVE lease ADD attempts :uncounted",
+            "SET #status = :status, due_at = :due, outputs = :outputs, pending = :pending, look_ms = :look, "
+            "waits_for = :waits_for, failures = :failures, backend = :backend, backend_reason = :reason "
+            "REMOVE lease ADD attempts :uncounted",
             still_ours,
             {
                 ":status": text(job.unclaimed_status),
                 ":due": number(due_at),
                 ":outputs": outputs_json(job.outputs),
                 ":pending": pending_json(job.pending),
+                ":look": number(job.look_ms or 0),
                 ":backend": text(job.backend),
                 ":reason": text(job.backend_reason),
                 ":waits_for": text(job.waits_for or ""),
@@ -199,6 +201,18 @@ class JobStore:
         return released or (
             held is not None and not held.status.is_terminal and held.lease is None and held.due_at == due_at
         )
+
+    def note(self, job: Job) -> bool:
+        """Write down what a claimed job has under way, and nothing else. Returns False when it is no longer this
+        worker's.
+        """
+        still_ours = "#status = :processing AND lease = :lease"
+        values = {
+            ":processing": text(Status.PROCESSING),
+            ":pending": pending_json(job.pending),
+            ":lease": text(job.lease or ""),
+        }
+        return self._update(job.team, job.id, "SET pending = :pending", still_ours, values)[0]
 
     def give_back(self, job: Job) -> None:
         """Undo a claim: of the job nothing else is written."""
@@ -244,7 +258,7 @@ class JobStore:
             "TableName": self._table,
             "Key": job_key(job.team, job.id),
             "UpdateExpression": f"SET {', '.join(f'#{name} = :{name}' for name in sets)} "
-            "REMOVE lease, due_at, open_shard, pending, waits_for",
+            "REMOVE lease, due_at, open_shard, pending, look_ms, waits_for",
             "ConditionExpression": condition,
             "ExpressionAttributeNames": {f"#{name}": name for name in sets},
             "ExpressionAttributeValues": {f":{name}": value for name, value in sets.items()} | dict(values),
