@@ -47,6 +47,19 @@ def test_v1_as_it_is_expected(check, tmp_path, segmind):
     assert len(segmind.calls) == 1
 
 
+def test_v2_as_it_is_expected(check, tmp_path, monkeypatch):
+    monkeypatch.setattr("img2img.admin.segmind._POLL_SECONDS", (0.05,))
+    status, said = check("v2", "--yes")
+    # The stand-in's pictures lie on a plain address.
+    assert [line for line in said.splitlines() if line.startswith("!!")] == [
+        line for line in said.splitlines() if "origin of the output" in line
+    ]
+    assert said.endswith("SegmindApi: v2\n")
+    assert status == 0
+    with Image.open(tmp_path / "segmind-v2.jpeg") as picture:
+        assert picture.size == (512, 512)
+
+
 @pytest.mark.parametrize(
     ("behaviour", "named"),
     [("406-credits", "406"), ("500", "500"), ("html", "content-type"), ("cut", "connection"), ("garbage", "picture")],
