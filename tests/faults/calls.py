@@ -1,7 +1,7 @@
 """Every AWS and HTTP call that the functions make, with a place before and after each where a test steps in.
 
 A call is named after its operation; one that belongs to a sample carries the sample's index ("POST 0",
-"PutObject 1", "InvokeEndpointAsync 0"), and one made again carries its number ("UpdateItem #2").
+"GetStatus 0", "PutObject 1", "InvokeEndpointAsync 0"), and one made again carries its number ("UpdateItem #2").
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class Calls:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._thread = threading.local()
+        # The samples of Segmind's requests.
+        self._requests: dict[str, int] = {}
 
     @contextmanager
     def shown_to(self, step: Step) -> Iterator[None]:
@@ -111,11 +113,25 @@ class Calls:
         about = request.headers.get(f"{HEADER}InputLocation", request.url.encode()).decode()
         about = next((call.input for call in self._invocations() if call.id in about), about)
         # An output's object is named after its sample, and so is the request for one.
-        sample = re.search(r"/(\d)\.\w+(?:\?|$)", about)
-        self._reach(f"{operation} {sample[1]}" if sample else operation, BEFORE)
+        found = re.search(r"/(\d)\.\w+(?:\?|$)", about)
+        sample = found[1] if found else None
+        if operation == "UpdateItem" and threading.current_thread() is not threading.main_thread():
+            # It writes down what the thread's own sample was told.
+            sample = getattr(self._thread, "sample", None)
+        self._reach(operation if sample is None else f"{operation} {sample}", BEFORE)
 
     def _response_received(self, **_: Any) -> None:
         self._reach("", AFTER)
+
+    def _name_of(self, request: requests.PreparedRequest) -> str:
+        """Return the name of a call of Segmind: each sample has its own thread."""
+        if request.method == "POST":
+            self._thread.sample = json.loads(request.body or "")["seed"] - SEED
+            return f"POST {self._thread.sample}"
+        path = str(request.url).partition("//")[2].split("/")[1:]
+        step = "Output" if path[0] == "outputs" else "Status" if path[-1] == "status" else "Response"
+        self._thread.sample = self._requests[path[1] if path[0] == "outputs" else path[2]]
+        return f"Get{step} {self._thread.sample}"
 
     @contextmanager
     def watched(self) -> Iterator[Calls]:
@@ -128,9 +144,11 @@ class Calls:
         calls = self
 
         def watched_send(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> Any:
-            name = f"POST {json.loads(request.body or '')['seed'] - SEED}"
+            name = calls._name_of(request)
             calls._reach(name, BEFORE)
             response = send(session, request, **options)
+            if request.method == "POST" and "application/json" in response.headers.get("Content-Type", ""):
+                calls._requests[response.json().get("request_id", "")] = calls._thread.sample
             try:
                 calls._reach(name, AFTER)
             except BaseException:

@@ -7,6 +7,7 @@ import pytest
 from tests.faults.calls import Calls
 from tests.faults.deployment import Deployment
 from tests.faults.endpoint import EndpointDeployment
+from tests.faults.queue import QueueDeployment
 from tests.system import running_system
 
 
@@ -14,10 +15,12 @@ from tests.system import running_system
 def _deployment(request):
     # A module that names a backend has its deployment with an endpoint.
     backend = getattr(request.module, "BACKEND", "segmind")
-    with running_system(backend) as system:
+    segmind_api = getattr(request.module, "SEGMIND_API", "v1")
+    with running_system(backend, segmind_api=segmind_api) as system:
         front = system.sagemaker
         with Calls(lambda: list(front.invocations) if front else ()).watched() as calls:
-            yield (EndpointDeployment if front else Deployment)(system, calls)
+            kind = EndpointDeployment if front else QueueDeployment if segmind_api == "v2" else Deployment
+            yield kind(system, calls)
 
 
 @pytest.fixture

@@ -329,7 +329,7 @@ def test_the_welcome_says_that_the_pictures_of_the_tiny_model_are_noise(asynchro
     text = _welcome(asynchronous, 1.0, "logs", Path("aws.env"))
     assert "noise" in text
     assert asynchronous.sagemaker.control_url in text
-    assert "Segmind" not in text
+    assert "Segmind  simulated" not in text
 
 
 # -------------------------------------------------------------------------------------------------- real time

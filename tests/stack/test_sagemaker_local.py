@@ -52,10 +52,10 @@ def python(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("parameters", "functions", "topics"),
     [
-        ({}, 4, 0),
-        ({"Backend": "sagemaker"}, 5, 2),
-        ({"Backend": "auto"}, 5, 2),
-        ({"Backend": "sagemaker", "SageMakerInvocation": "realtime"}, 4, 0),
+        ({}, 5, 0),
+        ({"Backend": "sagemaker"}, 6, 2),
+        ({"Backend": "auto"}, 6, 2),
+        ({"Backend": "sagemaker", "SageMakerInvocation": "realtime"}, 5, 0),
     ],
 )
 def test_each_backend_deploys_its_own_resources(parameters, functions, topics):
@@ -234,7 +234,7 @@ def test_run_starts_the_endpoint_and_ends_it_again(python, tmp_path, backend):
         assert "real-time" in running.said
         assert "Model    some/model\n" in running.said
         assert "noise" not in running.said
-        assert ("Segmind" in running.said) == (backend == "auto")
+        assert ("Segmind  simulated" in running.said) == (backend == "auto")
         children = running.children()
         assert len(children) >= 7  # moto, four functions, the endpoint and what ends it
         # In whichever way it ends.
