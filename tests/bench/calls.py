@@ -69,6 +69,19 @@ ALLOWED: dict[str, dict[str, int]] = {
         "dynamodb.TransactWriteItems": 1,
         "s3.CopyObject": 1,
     },
+    "submit of 1 sample to Segmind's v2": {
+        "dynamodb.UpdateItem": 2,
+        "s3.GetObject": 1,
+        "segmind": 1,
+        "sqs.SendMessage": 1,
+    },
+    "look at Segmind's v2, not done": {"dynamodb.UpdateItem": 2, "segmind": 1, "sqs.SendMessage": 1},
+    "look at Segmind's v2, done": {
+        "dynamodb.UpdateItem": 1,
+        "segmind": 3,
+        "s3.PutObject": 1,
+        "dynamodb.TransactWriteItems": 1,
+    },
     "cancel": {"dynamodb.GetItem": 1, "dynamodb.TransactWriteItems": 1},
     "balance": {"dynamodb.GetItem": 1},
     "Segmind's v1, not done in time": CREATE | {"dynamodb.GetItem": 2},
@@ -180,7 +193,38 @@ def main() -> None:
             raise SystemExit(f"no picture: {again.status}")
         with counted("sweep, nothing due"):
             system.sweep()
+    made |= _through_the_queue()
     report({name: (made[name], allowed) for name, allowed in ALLOWED.items()})
+
+
+def _through_the_queue() -> dict[str, dict[str, int]]:
+    """Return the calls of a job's ways through Segmind's v2."""
+    from tests.system import running_system
+
+    made: dict[str, dict[str, int]] = {}
+    with running_system(segmind_api="v2") as system:
+
+        def run(name: str) -> None:
+            system.clock.advance(5)
+            (record,) = system.receive()
+            _calls.clear()
+            asked = len(system.segmind.calls) + len(system.segmind.looks)
+            if not system.work(record):
+                raise SystemExit(f"{name}: not done")
+            # The message is deleted by Lambda.
+            own = {call: count for call, count in _calls.items() if call != "sqs.DeleteMessage"}
+            made[name] = own | {"segmind": len(system.segmind.calls) + len(system.segmind.looks) - asked}
+
+        system.create()
+        run("warm-up: the worker reads the Segmind key with its first job")
+        run("warm-up: its picture")
+        system.segmind.latency = 60
+        system.create()
+        run("submit of 1 sample to Segmind's v2")
+        run("look at Segmind's v2, not done")
+        system.segmind.release()
+        run("look at Segmind's v2, done")
+    return made
 
 
 if __name__ == "__main__":

@@ -219,6 +219,9 @@ def test_control_rotates_delays_counts_and_resets(segmind: SegmindStandIn) -> No
         "key=",
         "unknown=1",
         "next=429&next=500",
+        "next=failed&at=nowhere",
+        "at=status",
+        "expire=yes",
         "next",
     ],
 )
@@ -236,3 +239,76 @@ def test_a_call_is_recorded_without_its_image(segmind: SegmindStandIn) -> None:
     assert recorded["body"] == {"prompt": "a hill", "seed": 4}
     assert recorded["image_size"] == (256, 256)
     assert "x-api-key" not in recorded["headers"]
+
+
+# The queue of v2
+
+
+def submit(segmind: SegmindStandIn, key: str = KEY, **fields: Any) -> requests.Response:
+    body = {"image": picture(), "prompt": "a hill"} | fields
+    return fetch(f"{segmind.origin}/v2/sd1.5-img2img", key, "POST", json=body)
+
+
+def fetch(url: str, key: str = KEY, method: str = "GET", **options: Any) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.request(method, url, headers={"x-api-key": key} if key else {}, timeout=5, **options)
+
+
+def test_a_request_goes_from_queued_to_its_picture(segmind: SegmindStandIn) -> None:
+    segmind.latency = 60
+    taken = submit(segmind, seed=5)
+    assert (taken.status_code, taken.json()["status"]) == (200, "QUEUED")
+    assert set(taken.json()) == {"request_id", "status", "poll_url", "status_url", "response_url"}
+    assert fetch(taken.json()["status_url"]).json()["status"] == "QUEUED"
+    segmind.release()
+    status = fetch(taken.json()["status_url"]).json()
+    assert (status["status"], "output" in status) == ("COMPLETED", False)
+    done = fetch(taken.json()["response_url"]).json()
+    assert {"cost", "remaining_credits", "inference_time", "queue_time", "total_time"} <= set(done["metrics"])
+    # Whoever has its address may see a picture.
+    shown = fetch(done["output"], key="")
+    assert (shown.headers["content-type"], image(shown.content).format) == ("image/jpeg", "JPEG")
+    assert (segmind.billed, segmind.looks) == (1, ["status", "status", "response", "output"])
+
+
+def test_several_samples_are_a_list(segmind: SegmindStandIn) -> None:
+    outputs = fetch(submit(segmind, samples=3).json()["response_url"]).json()["output"]
+    assert len({fetch(output).content for output in outputs}) == 3
+
+
+def test_what_fails_is_422_and_not_billed(segmind: SegmindStandIn) -> None:
+    segmind.behave("failed")
+    answer = fetch(submit(segmind).json()["status_url"])
+    assert (answer.status_code, answer.json()["status"]) == (422, "FAILED")
+    assert answer.json()["error"]
+    assert segmind.billed == 0
+
+
+def test_requests_expire(segmind: SegmindStandIn) -> None:
+    taken = submit(segmind).json()
+    assert control(segmind, "expire=1").status_code == 200
+    for url in (taken["status_url"], taken["response_url"]):
+        answer = fetch(url)
+        assert (answer.status_code, "not found" in answer.json()["error"]) == (404, True)
+
+
+@pytest.mark.parametrize("step", ["status", "response", "output"])
+@pytest.mark.parametrize("behaviour", ["404", "406-credits", "410", "429", "503"])
+def test_each_step_errs_as_told_once(segmind: SegmindStandIn, step: str, behaviour: str) -> None:
+    taken = submit(segmind).json()
+    urls = {"status": taken["status_url"], "response": taken["response_url"]}
+    urls["output"] = fetch(urls["response"]).json()["output"]
+    control(segmind, f"next={behaviour}&at={step}")
+    assert [fetch(urls[step]).status_code for _ in range(2)] == [int(behaviour[:3]), 200]
+
+
+def test_looks_need_the_key(segmind: SegmindStandIn) -> None:
+    taken = submit(segmind).json()
+    assert {fetch(taken[name], key="wrong").status_code for name in ("status_url", "response_url")} == {401}
+    assert submit(segmind, key="wrong").status_code == 401
+
+
+def test_v2_checks_what_it_is_sent(segmind: SegmindStandIn) -> None:
+    assert submit(segmind, samples=9).status_code == 400
+    assert segmind.requests == {}

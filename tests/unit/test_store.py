@@ -435,6 +435,42 @@ def test_a_release_keeps_what_ended_and_counts_when_told(table, counts, attempts
     assert found.outputs == (picture(1),)
 
 
+# What is under way is written down at once
+
+
+def test_a_claimed_job_notes_what_is_under_way_and_nothing_else(table):
+    claimed = table.claim(table.job())
+    assert table.store.note(replace(claimed, pending={0: call(0)}, outputs=(picture(1),)))
+    found = table.now(claimed)
+    assert (found.pending, found.outputs, found.lease) == ({0: call(0)}, (), claimed.lease)
+    assert found.due_at == claimed.due_at
+
+
+@pytest.mark.parametrize("end", ["canceled", "claimed by another"])
+def test_whoever_lost_a_job_notes_nothing(table, end):
+    claimed = table.claim(table.job())
+    if end == "canceled":
+        table.store.cancel(claimed.team, claimed.id)
+    else:
+        table.clock.now += LEASE
+        table.claim(claimed)
+    assert not table.store.note(replace(claimed, pending={0: call(0)}))
+    assert table.now(claimed).pending == {}
+
+
+def test_when_a_message_comes_to_look_is_kept_until_the_end(table):
+    claimed = replace(table.claim(table.job()), pending={0: call(0)}, look_ms=START * 1000 + 3000)
+    assert table.store.release(claimed, due_at=START + 63, counts=False)
+    assert table.now(claimed).look_ms == START * 1000 + 3000
+    table.store.cancel(claimed.team, claimed.id)
+    assert table.now(claimed).look_ms is None
+
+
+def test_until_when_a_caller_waits_is_kept(table):
+    assert table.now(table.job(waited_until=START + 25)).waited_until == START + 25
+    assert table.now(table.job()).waited_until is None
+
+
 # At a backend that works by itself
 
 
