@@ -43,7 +43,7 @@ from img2img import bootstrap
 from img2img.admin.audit import audit
 from img2img.errors import AlreadyExists, InsufficientCredits
 from img2img.flows import generate as samples
-from local import segmind
+from local import segmind_server
 from tests.faults.calls import MOMENTS, SEED, Calls, Kill, Killed
 from tests.faults.deployment import LEASE, short_lived
 from tests.long import examples
@@ -721,7 +721,7 @@ def deployment(monkeypatch):
     # Samples one after the other: else which of them meets the backend's trouble is a race.
     monkeypatch.setattr(samples, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
     # What they show is no matter, and to draw them takes long.
-    monkeypatch.setattr(segmind, "simulate", lambda _image, size, _seed, _strength: drawn(size))
+    monkeypatch.setattr(segmind_server, "simulate", lambda _image, size, _seed, _strength: drawn(size))
     # Hypothesis seeds this one.
     monkeypatch.setattr(secrets, "randbits", random.getrandbits)
     # Else pytest's own limit ends a failing test before it has told what failed.
