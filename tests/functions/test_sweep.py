@@ -75,6 +75,7 @@ def test_a_forgotten_job_is_sent_again(system):
         "team": "default",
         "job_id": job_id,
         "correlation_id": item(system, job_id)["correlation_id"]["S"],
+        "look": False,
     }
     assert system.work(record)
     assert system.job(job_id)["status"] == "succeeded"
