@@ -89,6 +89,8 @@ def test_what_other_clients_send_is_taken(busy):
     assert answer.headers["x-ignored-parameters"] == "style, %0D%0A"
     given = busy.job(answer.headers["x-request-id"])["input"]
     assert (given["negative_prompt"], given["num_inference_steps"], given["strength"]) == ("blurry", 25, 0.5)
+    null = busy.compatible("POST", RUN, asked(negativePrompt="old", negative_prompt=None))
+    assert busy.job(null.headers["x-request-id"])["input"]["negative_prompt"] == "old"
     both = busy.compatible("POST", RUN, asked(negativePrompt="old", negative_prompt="new"))
     assert busy.job(both.headers["x-request-id"])["input"]["negative_prompt"] == "new"
 

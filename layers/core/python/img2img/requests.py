@@ -141,8 +141,10 @@ def parse_lenient_request(body: Any, presets: Presets) -> tuple[Img2ImgRequest, 
     """
     if not isinstance(body, dict):
         raise InvalidRequest.of_field("body", "must be a JSON object")
-    renamed = {"negative_prompt": body["negativePrompt"]} if "negativePrompt" in body else {}
-    given = {**renamed, **body}
+    given = dict(body)
+    # null is as good as a missing field.
+    if given.get("negative_prompt") is None and "negativePrompt" in given:
+        given["negative_prompt"] = given["negativePrompt"]
     ignored = tuple(name for name in given if name not in FIELDS and name != "negativePrompt")
     return parse_request({name: value for name, value in given.items() if name in FIELDS}, presets), ignored
 
