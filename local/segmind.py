@@ -101,11 +101,11 @@ class SegmindStandIn:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{self.origin}/v1"
 
     @property
     def control_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/control"
+        return f"{self.origin}/control"
 
     def start(self) -> SegmindStandIn:
         """Listen, on the same port again after a `stop`."""

@@ -194,6 +194,23 @@ class System:
         body = {"image": sample_base64(), "prompt": "a castle on a hill", **fields}
         return self.api("POST", "/sd1.5-img2img", body, {"Prefer": f"wait={wait}", **(headers or {})})
 
+    def restart(self) -> None:
+        """Put a new process in place of the functions': it knows only its environment."""
+        bootstrap.services.cache_clear()
+        self.services = bootstrap.services()
+        self.services.clock = self.clock
+
+    def redeploy(self, monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+        """Have the functions start anew with other settings."""
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        self.restart()
+
+    def item(self, job_id: str) -> Any:
+        """Return the item of a job of the team `default`, None if there is none."""
+        key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
+        return self.dynamodb.get_item(TableName="jobs", Key=key).get("Item")
+
     def job(self, job_id: str) -> Any:
         """Read a job."""
         return self.api("GET", f"/jobs/{job_id}").json

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import re
 from http import HTTPStatus
 from typing import Any
 
@@ -15,7 +13,7 @@ from snapshot_restore_py import register_before_snapshot
 
 from img2img import __version__, documents, negotiation, observe
 from img2img.bootstrap import Services, services
-from img2img.errors import InsufficientCredits, InternalError, NotFound, ServiceError
+from img2img.errors import InternalError, NotFound, ServiceError
 from img2img.flows import answer, ending, upload
 from img2img.flows.intake import Caller, Submission
 from img2img.flows.submit import submit
@@ -23,7 +21,7 @@ from img2img.flows.watch import watch
 from img2img.ids import ULID
 from img2img.jobs.listing import parse_filter
 from img2img.money.usage import parse_usage_query
-from img2img.requests import parse_json, parse_request
+from img2img.requests import body_bytes, parse_json, parse_request
 from img2img.teams.presets import parse_preset_page
 
 logger = Logger()
@@ -69,10 +67,7 @@ def _idempotency_key() -> str | None:
 
 
 def _body() -> bytes:
-    body: str = app.current_event.body or ""
-    if app.current_event.is_base64_encoded:
-        return base64.b64decode(body)
-    return body.encode(errors="surrogatepass")
+    return body_bytes(app.current_event.body or "", is_base64=app.current_event.is_base64_encoded)
 
 
 def _json(**options: Any) -> Any:
@@ -98,10 +93,7 @@ def _answer(status: int, body: Any, **more: Any) -> Response[Any]:
 @app.exception_handler(ServiceError)  # type: ignore[untyped-decorator]
 def on_service_error(error: ServiceError) -> Response[Any]:
     """Answer what the caller can know."""
-    logger.info("refused", code=error.code)
-    if isinstance(error, InsufficientCredits):
-        request_id = app.current_event.request_context.request_id
-        observe.too_few_credits(correlation_id=request_id, price=error.price, balance=error.balance)
+    observe.refused(error, correlation_id=app.current_event.request_context.request_id)
     return _sent(answer.problem(error))
 
 
@@ -119,11 +111,8 @@ def on_not_found(_error: Exception) -> Response[Any]:
 
 
 def _note(submission: Submission) -> None:
-    job = submission.job
-    logger.append_keys(job_id=job.id)
-    observe.job_created(
-        correlation_id=job.correlation_id, job_id=job.id, samples=job.params.samples, replayed=submission.replayed
-    )
+    logger.append_keys(job_id=submission.job.id)
+    submission.note()
 
 
 @app.post("/sd1.5-img2img")
@@ -137,9 +126,8 @@ def create() -> Response[Any]:
         use, caller, request, idempotency_key=_idempotency_key(), context=app.lambda_context, waits=patience.seconds
     )
     _note(submission)
-    # What is left of the time after the image was taken in: the gateway hangs up at 29 s.
-    left = app.lambda_context.get_remaining_time_in_millis() / 1000 - 2
-    job = watch(use, submission.job, max(min(patience.seconds, left), 0))
+    remaining = app.lambda_context.get_remaining_time_in_millis()
+    job = watch(use, submission.job, negotiation.time_to_wait(patience.seconds, remaining))
     return _sent(
         answer.created(
             use,
@@ -280,17 +268,13 @@ def health() -> Response[Any]:
     return _answer(200, {"status": "ok", "version": __version__})
 
 
-def _route(event: dict[str, Any]) -> str:
-    """Return the path without the base path of a custom domain's mapping, which `path` contains."""
-    parameters = event.get("pathParameters") or {}
-    return re.sub(r"\{(\w+)\}", lambda name: parameters[name[1]], event["resource"])
-
-
 @logger.inject_lambda_context(correlation_id_path=correlation_paths.API_GATEWAY_REST, clear_state=True)
 @observe.flushed()
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Answer one REST proxy event."""
-    answered = app.resolve({**event, "path": _route(event)}, context)
+    # Not its own `path`, which contains a custom domain's base path.
+    path = negotiation.route(event["resource"], event.get("pathParameters") or {})
+    answered = app.resolve({**event, "path": path}, context)
     answered["multiValueHeaders"] |= {
         "Access-Control-Allow-Origin": [services().settings.cors_origin],
         "Access-Control-Expose-Headers": [negotiation.EXPOSED_HEADERS],

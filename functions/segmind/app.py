@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 from urllib.parse import quote
 
@@ -14,7 +13,7 @@ from snapshot_restore_py import register_before_snapshot
 
 from img2img import negotiation, observe
 from img2img.bootstrap import Services, services
-from img2img.errors import InsufficientCredits, InternalError, NotFound, ServiceError
+from img2img.errors import InternalError, NotFound, ServiceError
 from img2img.flows import compatible
 from img2img.flows.answer import Answer
 from img2img.flows.intake import Caller, Submission
@@ -22,7 +21,7 @@ from img2img.flows.submit import make
 from img2img.flows.watch import watch
 from img2img.ids import ULID
 from img2img.jobs.job import Job, Via
-from img2img.requests import Img2ImgRequest, parse_json, parse_lenient_request
+from img2img.requests import Img2ImgRequest, body_bytes, parse_json, parse_lenient_request
 
 logger = Logger()
 app = APIGatewayRestResolver()
@@ -61,11 +60,9 @@ def _base_url() -> str:
 
 def _request(use: Services, caller: Caller) -> tuple[Img2ImgRequest, dict[str, str]]:
     """Return the request, and the headers that say what of it was left out."""
-    body = app.current_event.body or ""
-    data = base64.b64decode(body) if app.current_event.is_base64_encoded else body.encode(errors="surrogatepass")
-    request, ignored = parse_lenient_request(
-        parse_json(data, _header("content-type")), use.presets.fields_of(caller.team)
-    )
+    data = body_bytes(app.current_event.body or "", is_base64=app.current_event.is_base64_encoded)
+    body = parse_json(data, _header("content-type"))
+    request, ignored = parse_lenient_request(body, use.presets.fields_of(caller.team))
     names = ", ".join(quote(name[:40], safe="", errors="replace") for name in ignored[:_MOST_NAMED])
     return request, {"x-ignored-parameters": names} if names else {}
 
@@ -86,10 +83,7 @@ def _sent(answer: Answer, headers: dict[str, str] | None = None) -> Response[Any
 @app.exception_handler(ServiceError)  # type: ignore[untyped-decorator]
 def on_service_error(error: ServiceError) -> Response[Any]:
     """Answer what the caller can know."""
-    logger.info("refused", code=error.code)
-    if isinstance(error, InsufficientCredits):
-        request_id = app.current_event.request_context.request_id
-        observe.too_few_credits(correlation_id=request_id, price=error.price, balance=error.balance)
+    observe.refused(error, correlation_id=app.current_event.request_context.request_id)
     return _sent(compatible.problem(error))
 
 
@@ -107,11 +101,8 @@ def on_not_found(_error: Exception) -> Response[Any]:
 
 
 def _note(submission: Submission) -> None:
-    job = submission.job
-    logger.append_keys(job_id=job.id)
-    observe.job_created(
-        correlation_id=job.correlation_id, job_id=job.id, samples=job.params.samples, replayed=submission.replayed
-    )
+    logger.append_keys(job_id=submission.job.id)
+    submission.note()
 
 
 @app.post("/v1/<model>")
@@ -123,9 +114,8 @@ def run(model: str) -> Response[Any]:
     request, ignored = _request(use, caller)
     submission = compatible.submit_or_attach(use, caller, request, waits=negotiation.MAX_WAIT)
     _note(submission)
-    # What is left of the time after the image was taken in: the gateway hangs up at 29 s.
-    left = app.lambda_context.get_remaining_time_in_millis() / 1000 - 2
-    patience = max(min(negotiation.MAX_WAIT, left), 0)
+    remaining = app.lambda_context.get_remaining_time_in_millis()
+    patience = negotiation.time_to_wait(negotiation.MAX_WAIT, remaining)
     job = watch(use, submission.job, patience)
     return _sent(compatible.waited(use, caller, request, job, seconds=patience), ignored)
 
@@ -167,15 +157,8 @@ def read_credits() -> Response[Any]:
 @observe.flushed()
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Answer one REST proxy event."""
-    answered: dict[str, Any] = app.resolve({**event, "path": _route(event)}, context)
+    # Not its own `path`, which contains a custom domain's base path.
+    path = negotiation.route(event["resource"], event.get("pathParameters") or {})
+    answered: dict[str, Any] = app.resolve({**event, "path": path}, context)
     logger.info("answered", route=event.get("resource"), method=event.get("httpMethod"), status=answered["statusCode"])
     return answered
-
-
-def _route(event: dict[str, Any]) -> str:
-    """Return the path without the base path of a custom domain's mapping, which `path` contains."""
-    parameters = event.get("pathParameters") or {}
-    route: str = event["resource"]
-    for name, value in parameters.items():
-        route = route.replace(f"{{{name}}}", value)
-    return route

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from img2img import bootstrap
 from img2img.admin.audit import audit
 from img2img.jobs.items import to_job
 from img2img.jobs.job import Job, OutputStatus, Status
@@ -116,9 +115,7 @@ class Deployment:
     def restart(self) -> None:
         """Put a new process in place of a dead one, which left the books in order: it knows only its environment."""
         self.assert_books_balance()
-        bootstrap.services.cache_clear()
-        self.system.services = bootstrap.services()
-        self.system.services.clock = self.system.clock
+        self.system.restart()
 
     def warm(self) -> None:
         """Have the worker know the Segmind key already: else each thread of a first job reads it, or does not."""
@@ -251,6 +248,15 @@ class Deployment:
             self.system.sweep()
         self.assert_books_balance()
 
+    def return_messages(self) -> None:
+        """Let the messages of a dead worker come back."""
+        self.system.clock.advance(VISIBILITY)
+        self.work()
+
+    def outlive_lease(self) -> None:
+        """Wait until a dead worker's lease has run out."""
+        self.system.clock.advance(LEASE + 1)
+
     def settle(self) -> None:
         """Let the queue and the schedule work on, as they would, until no message is left."""
         self.receive()
@@ -263,9 +269,7 @@ class Deployment:
 
     def item(self, job_id: str) -> dict[str, Any]:
         """Return the job's item, {} if there is none."""
-        key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
-        found: dict[str, Any] = self.system.dynamodb.get_item(TableName="jobs", Key=key).get("Item", {})
-        return found
+        return self.system.item(job_id) or {}
 
     def job_items(self) -> list[dict[str, Any]]:
         """Return every job's item."""

@@ -11,7 +11,7 @@ from img2img.jobs.items import to_job
 from local.sagemaker import SageMaker
 from tests.container import FakeContainer
 from tests.faults.calls import AFTER, Kill, Killed, Meanwhile, Step
-from tests.faults.deployment import LEASE, VISIBILITY, Deployment
+from tests.faults.deployment import Deployment
 from tests.system import Context, function, queue_url
 
 # The ways the calls of two samples can fall: asked for, taken, and taken when only the second is there.
@@ -139,12 +139,3 @@ class EndpointDeployment(Deployment):
         super().assert_at_rest(job_id)
         assert self.system.messages("results") == 0
         assert not {"pending", "waits_for"} & set(self.item(job_id))
-
-    def return_messages(self) -> None:
-        """Let the messages of a dead worker come back."""
-        self.system.clock.advance(VISIBILITY)
-        self.work()
-
-    def outlive_lease(self) -> None:
-        """Wait until a dead worker's lease has run out."""
-        self.system.clock.advance(LEASE + 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from tests.faults.deployment import (
     VISIBILITY,
     Deployment,
 )
+from tests.faults.walks import Walk
 
 # The worker
 
@@ -52,16 +52,6 @@ def _after_a_crash(deployment: Deployment) -> str:
     return job_id
 
 
-@dataclass(frozen=True)
-class Walk:
-    """One delivery of a message: how to come to it, and which calls it takes."""
-
-    prepare: Callable[[Deployment], str]
-    calls: tuple[str, ...]
-    order: tuple[str, ...] = ()
-    samples: int = 1
-
-
 WALKS = {
     "one sample": Walk(
         _one_sample,
@@ -85,23 +75,21 @@ WALKS = {
 
 
 def _message_returns(deployment: Deployment) -> None:
-    deployment.system.clock.advance(VISIBILITY)
-    deployment.work()
+    deployment.return_messages()
 
 
 def _sweep_comes_first(deployment: Deployment) -> None:
-    deployment.system.clock.advance(LEASE + 1)
+    deployment.outlive_lease()
     deployment.system.sweep()
     # The message of the dead worker is still invisible, and comes back when all is done.
     deployment.work(deployment.receive())
-    deployment.system.clock.advance(VISIBILITY)
-    deployment.work()
+    deployment.return_messages()
 
 
 def _message_returns_too_early(deployment: Deployment) -> None:
     """A second delivery finds the dead worker's lease, so that the message is gone and only the schedule is left."""
     deployment.work()
-    deployment.system.clock.advance(LEASE + 1)
+    deployment.outlive_lease()
     deployment.system.sweep()
     deployment.receive()
     deployment.work()
@@ -112,9 +100,7 @@ RETURNS = (_message_returns, _sweep_comes_first, _message_returns_too_early)
 
 def _places(*returns: Callable[[Deployment], None], walks: tuple[str, ...]) -> Iterator[Any]:
     for walk, back in itertools.product(walks, returns):
-        every = places(WALKS[walk].calls)
-        # Side by side, a call's end is not the other thread's next beginning.
-        for call, moment in every if walk == "side by side" else apart(every):
+        for call, moment in WALKS[walk].gaps:
             yield pytest.param(walk, call, moment, back, id=f"{walk}-{moment} {call}-{back.__name__.strip('_')}")
 
 
@@ -158,7 +144,7 @@ def test_a_job_whose_worker_always_dies_ends_as_an_internal_error(deployment, ca
     counted = (call, moment) != ("UpdateItem", BEFORE)
     for _ in range(3):
         deployment.kill_worker(call, moment)
-        deployment.system.clock.advance(LEASE + 1)
+        deployment.outlive_lease()
     calls = len(deployment.system.segmind.calls)
     assert calls == (3 if (call, moment) == ("POST 0", AFTER) else 0)
 
@@ -180,7 +166,7 @@ def test_outputs_that_are_stored_make_the_job_succeed_however_often_its_worker_d
     job_id = _one_sample(deployment)
     for _ in range(5):
         deployment.kill_worker("TransactWriteItems", BEFORE)
-        deployment.system.clock.advance(LEASE + 1)
+        deployment.outlive_lease()
     deployment.settle()
     deployment.assert_succeeded(job_id)
     assert deployment.seeds() == {0: 1}
@@ -190,9 +176,9 @@ def test_a_sample_that_always_kills_its_worker_is_shown_as_failed_beside_the_one
     job_id = _two_samples(deployment)
     deployment.kill_worker("POST 1", AFTER, ONE_BY_ONE)
     for _ in range(2):
-        deployment.system.clock.advance(LEASE + 1)
+        deployment.outlive_lease()
         deployment.kill_worker("POST 1", AFTER)
-    deployment.system.clock.advance(LEASE + 1)
+    deployment.outlive_lease()
     deployment.settle()
     job = deployment.system.job(job_id)
     assert job["status"] == "succeeded"
@@ -212,7 +198,7 @@ def test_a_job_that_nobody_can_finish_fails_at_its_deadline(deployment, call, mo
     deadline = int(deployment.item(job_id)["deadline_at"]["N"])
     while deployment.system.clock() < deadline + LEASE:
         deployment.kill_worker(call, moment)
-        deployment.system.clock.advance(LEASE + 1)
+        deployment.outlive_lease()
     assert deployment.system.sweep() == {"failed": 1}
     deployment.settle()
     job = deployment.system.job(job_id)
@@ -290,7 +276,7 @@ SWEEPS: Mapping[Callable[[Deployment], str], tuple[str, ...]] = {
 @pytest.mark.parametrize("prepare", SWEEPS)
 def test_a_walk_takes_every_call_of_the_sweep(deployment, prepare):
     prepare(deployment)
-    deployment.system.clock.advance(LEASE + 1)
+    deployment.outlive_lease()
     with deployment.calls.shown_to(InOrder()):
         deployment.system.sweep()
     assert sorted(deployment.calls.made) == sorted(SWEEPS[prepare])
@@ -307,7 +293,7 @@ def test_a_walk_takes_every_call_of_the_sweep(deployment, prepare):
 )
 def test_a_sweep_killed_at_any_call_is_made_good_by_later_ones(deployment, prepare, call, moment):
     job_id = prepare(deployment)
-    deployment.system.clock.advance(LEASE + 1)
+    deployment.outlive_lease()
     with deployment.calls.shown_to(Kill(call, moment)), pytest.raises(Killed):
         deployment.system.sweep()
     deployment.restart()

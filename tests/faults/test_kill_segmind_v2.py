@@ -7,32 +7,15 @@ No sample is paid twice once the id of its request is stored; a crash before tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 
-from tests.faults.calls import AFTER, BEFORE, InOrder, Meanwhile, Place, apart, places
-from tests.faults.deployment import LEASE, PRICE, VISIBILITY
+from tests.faults.calls import AFTER, BEFORE, InOrder, Meanwhile
+from tests.faults.deployment import PRICE
 from tests.faults.queue import FETCH, FETCHED, SUBMITTED, SUBMITTED_SIDE_BY_SIDE, QueueDeployment
+from tests.faults.walks import Walk
 
 SEGMIND_API = "v2"
-
-
-@dataclass(frozen=True)
-class Walk:
-    """One delivery of a message: how to come to it, and which calls it takes."""
-
-    prepare: Callable[[QueueDeployment], str]
-    calls: tuple[str, ...]
-    order: tuple[str, ...] = ()
-    samples: int = 1
-
-    @property
-    def gaps(self) -> list[Place]:
-        """The places that leave different things behind; side by side, a call's end is not the other's beginning."""
-        every = places(self.calls)
-        return every if self.order == SUBMITTED_SIDE_BY_SIDE else apart(every)
 
 
 def _new(deployment: QueueDeployment, samples: int = 1) -> str:
@@ -94,12 +77,11 @@ WALKS = {
 
 
 def _message_returns(deployment: QueueDeployment) -> None:
-    deployment.system.clock.advance(VISIBILITY)
-    deployment.work()
+    deployment.return_messages()
 
 
 def _sweep_comes_first(deployment: QueueDeployment) -> None:
-    deployment.system.clock.advance(LEASE + 1)
+    deployment.outlive_lease()
     deployment.system.sweep()
     deployment.work(deployment.receive())
 
@@ -169,7 +151,7 @@ def test_a_job_whose_looks_always_die_pays_once(deployment, call):
     job_id = WALKS["fetched"].prepare(deployment)
     for _ in range(5):
         deployment.kill_worker(call, BEFORE)
-        deployment.system.clock.advance(LEASE + 1)
+        deployment.outlive_lease()
     deployment.settle()
     deployment.assert_succeeded(job_id)
     assert (deployment.seeds(), deployment.system.segmind.billed) == ({0: 1}, 1)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from img2img import bootstrap
 from tests.functions.jobs import create
 from tests.system import System, running_system
 
@@ -251,9 +250,7 @@ def test_a_job_of_two_outages_gives_the_last_reason(system):
     if system.sagemaker.endpoint.asynchronous:
         system.settle()
         undone = [record for record in system.receive("results") if not system.collect(record)]
-    bootstrap.services.cache_clear()
-    system.services = bootstrap.services()
-    system.services.clock = system.clock
+    system.restart()
     system.segmind.behave("406-credits")
     [record] = undone
     assert system.collect(record) if system.sagemaker.endpoint.asynchronous else system.work(record)

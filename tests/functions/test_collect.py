@@ -15,7 +15,6 @@ import boto3
 import pytest
 from PIL import Image
 
-from img2img import bootstrap
 from tests.functions.interruptions import fail
 from tests.functions.jobs import create, encoded
 from tests.system import Context, System, function, running_system
@@ -98,7 +97,7 @@ def assert_settled(system: System, *, charged: int) -> None:
 
 def assert_over(system: System, job_id: str) -> None:
     """Check that nothing that comes late, or that time brings, changes how a job ended."""
-    ended = item(system, job_id)
+    ended = system.item(job_id)
     stored = system.objects("results")
     if system.sagemaker.endpoint.asynchronous:
         system.settle()
@@ -107,13 +106,8 @@ def assert_over(system: System, job_id: str) -> None:
     system.clock.advance(3600)
     assert system.sweep() == {}
     assert (system.messages("jobs"), system.messages("results")) == (0, 0)
-    assert item(system, job_id) == ended
+    assert system.item(job_id) == ended
     assert system.objects("results") == stored
-
-
-def item(system: System, job_id: str) -> Any:
-    key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
-    return system.dynamodb.get_item(TableName="jobs", Key=key).get("Item")
 
 
 def rewritten(record: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -122,15 +116,6 @@ def rewritten(record: dict[str, Any], **changes: Any) -> dict[str, Any]:
     notice = {**json.loads(envelope["Message"]), **changes}
     envelope["Message"] = json.dumps({name: value for name, value in notice.items() if value is not None})
     return {**record, "body": json.dumps(envelope)}
-
-
-def redeployed(system: System, monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
-    """Have the functions start anew with other settings."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    bootstrap.services.cache_clear()
-    system.services = bootstrap.services()
-    system.services.clock = system.clock
 
 
 @pytest.fixture
@@ -179,7 +164,7 @@ def test_no_worker_is_busy_while_the_endpoint_works(system):
     system.container.next.append("hang")
     job_id = started(system)
     system.container.wait_for(1)
-    assert "lease" not in item(system, job_id)
+    assert "lease" not in system.item(job_id)
     let_go(system)
     assert system.hear() == 1
 
@@ -723,7 +708,7 @@ def test_a_picture_that_lies_there_at_the_deadline_counts(system):
 def test_a_job_is_made_by_segmind_once_the_endpoint_is_taken_out_of_service(system, monkeypatch):
     system.sagemaker.behave("lost", 2)
     job_id = started(system, samples=2)
-    redeployed(system, monkeypatch, BACKEND="segmind", PRICE_BASE="3000")
+    system.redeploy(monkeypatch, BACKEND="segmind", PRICE_BASE="3000")
     system.clock.advance(61)
     assert system.sweep() == {"resent": 1}
     assert system.deliver() == 1
@@ -736,7 +721,7 @@ def test_a_job_is_made_by_segmind_once_the_endpoint_is_taken_out_of_service(syst
 
 def test_what_the_endpoint_made_before_it_was_taken_out_of_service_is_not_made_again(system, monkeypatch):
     job_id = started(system)
-    redeployed(system, monkeypatch, BACKEND="segmind")
+    system.redeploy(monkeypatch, BACKEND="segmind")
     assert system.hear() == 1
     job = system.job(job_id)
     assert (job["status"], job["backend"]) == ("succeeded", "sagemaker")
@@ -748,7 +733,7 @@ def replace_endpoint(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put another endpoint in place of the one there is."""
     name = "another-endpoint"
     system.sagemaker.endpoint = replace(system.sagemaker.endpoint, name=name)
-    redeployed(system, monkeypatch, SAGEMAKER_ENDPOINT=name)
+    system.redeploy(monkeypatch, SAGEMAKER_ENDPOINT=name)
     system.clock.advance(61)
     assert system.sweep() == {"resent": 1}
 
@@ -794,7 +779,7 @@ GARBAGE = [
 def test_what_is_no_notice_goes_back_and_harms_nothing(system, told, body):
     job_id = started(system)
     [notice] = heard(system)
-    before = item(system, job_id)
+    before = system.item(job_id)
     garbage = {**notice, "body": body}
     event = {"Records": [garbage]}
     failed = {"batchItemFailures": [{"itemIdentifier": notice["messageId"]}]}
@@ -802,7 +787,7 @@ def test_what_is_no_notice_goes_back_and_harms_nothing(system, told, body):
         garbage["attributes"] = {"ApproximateReceiveCount": str(receives)}
         assert function("collect").handler(event, Context(60)) == failed
     assert told == [5, 20, 80]
-    assert item(system, job_id) == before
+    assert system.item(job_id) == before
     assert system.messages("results") == 1
     assert system.collect(notice)
     assert system.job(job_id)["status"] == "succeeded"
@@ -827,10 +812,10 @@ def test_one_bad_record_of_a_batch_keeps_no_other_back(system):
 def test_a_notice_of_no_job_is_done_with(system, location):
     job_id = started(system)
     [notice] = heard(system)
-    before = item(system, job_id)
+    before = system.item(job_id)
     parameters = {"inputLocation": location, "endpointName": "e", "contentType": "application/json"}
     assert system.collect(rewritten(notice, requestParameters=parameters))
-    assert item(system, job_id) == before
+    assert system.item(job_id) == before
     assert system.objects("results") == []
 
 
@@ -901,7 +886,7 @@ def test_a_log_line_tells_which_job_and_request_it_is_about(system, lines):
     system.hear()
     [ended] = [json.loads(line) for line in lines.getvalue().splitlines() if '"job ended"' in line]
     assert (ended["job_id"], ended["team"], ended["backend"]) == (job_id, "default", "sagemaker")
-    assert ended["correlation_id"] == item(system, job_id)["correlation_id"]["S"]
+    assert ended["correlation_id"] == system.item(job_id)["correlation_id"]["S"]
 
 
 # In real time

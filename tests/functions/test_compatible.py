@@ -176,7 +176,7 @@ def test_a_job_that_its_owner_ended_is_not_attached_to(busy, how):
 
 
 def test_a_picture_that_does_not_fit_stays_to_be_read(busy, monkeypatch):
-    monkeypatch.setattr("img2img.flows.compatible.MAX_ANSWER", 1000)
+    monkeypatch.setattr("img2img.flows.answer.MAX_ANSWER", 1000)
     answer = busy.compatible("POST", RUN, asked())
     job_id = answer.headers["x-request-id"]
     assert answer.status == 413

@@ -28,14 +28,9 @@ def change(system: System, job_id: str, **attributes: Any) -> None:
     )
 
 
-def item(system: System, job_id: str) -> Any:
-    key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
-    return system.dynamodb.get_item(TableName="jobs", Key=key)["Item"]
-
-
 def added(system: System, job_id: str, name: str, **fields: Any) -> Any:
     """Return what is stored as JSON under a name, with more fields."""
-    return json.loads(item(system, job_id)[name]["S"]) | fields
+    return json.loads(system.item(job_id)[name]["S"]) | fields
 
 
 OUTPUT = {"index": 0, "status": "archived", "seed": 7, "shelf": "B4"}
@@ -49,7 +44,7 @@ def test_attributes_that_are_not_known_are_ignored(system):
     assert system.deliver() == 1
     done = system.job(job_id)
     assert (done["status"], done["metadata"]) == ("succeeded", {"order": "1"})
-    outputs = json.loads(item(system, job_id)["outputs"]["S"])
+    outputs = json.loads(system.item(job_id)["outputs"]["S"])
     change(system, job_id, outputs=[{**outputs[0], "thumbnail": "t"}])
     assert system.job(job_id)["outputs"][0]["sha256"] == done["outputs"][0]["sha256"]
 
@@ -99,12 +94,12 @@ def without_times(stored: Any) -> Any:
 def test_a_job_of_a_newer_version_is_not_run(system, newer):
     [record] = system.receive()
     for _ in range(4):
-        before = item(system, newer)
+        before = system.item(newer)
         assert system.work(record), "the message is done with: the sweep of the newer version sends another"
-        status = item(system, newer)["status"]
+        status = system.item(newer)["status"]
         # A claim that was undone leaves a call where it waits.
         assert status == ({"S": "processing"} if "pending" in before else before["status"])
-        assert without_times(item(system, newer)) == without_times(before) | {"status": status}
+        assert without_times(system.item(newer)) == without_times(before) | {"status": status}
     assert system.segmind.calls == []
 
 
@@ -112,13 +107,13 @@ def test_a_job_of_a_newer_version_is_not_run(system, newer):
 def test_a_job_of_a_newer_version_is_not_swept(system, newer, claimed, caplog):
     if claimed:
         system.deliver()
-    before = item(system, newer)
+    before = system.item(newer)
     other = create(system)
     for seconds in (60, 1900):
         system.clock.advance(seconds)
         done = system.sweep()
         assert "skipped" not in done
-    assert item(system, newer) == before
+    assert system.item(newer) == before
     assert system.job(other)["status"] == "failed", "it hides no other job"
     assert "stored by a newer version" in caplog.text
 
@@ -126,12 +121,12 @@ def test_a_job_of_a_newer_version_is_not_swept(system, newer, claimed, caplog):
 def test_a_job_of_a_status_that_is_not_known_is_not_canceled_or_deleted(system):
     job_id = create(system)
     unknown_status(system, job_id)
-    before = item(system, job_id)
+    before = system.item(job_id)
     canceled = system.api("POST", f"/jobs/{job_id}/cancel")
     assert (canceled.status, canceled.json["status"]) == (200, "paused")
     refused = system.api("DELETE", f"/jobs/{job_id}")
     assert (refused.status, refused.json["code"]) == (409, "not_understood")
-    assert item(system, job_id) == before
+    assert system.item(job_id) == before
     assert system.objects("uploads") == [f"inputs/default/{job_id}.png"]
 
 
@@ -165,7 +160,7 @@ def test_a_notice_waits_for_the_newer_version(unknown):
         assert system.deliver() == 1
         system.settle()
         notices = system.receive("results")
-        before = item(system, job_id)
+        before = system.item(job_id)
         unknown(system, job_id)
         for _ in range(4):
             assert not [notice for notice in notices if system.collect(notice)]
@@ -199,7 +194,7 @@ def test_what_a_newer_version_published_stays(system):
     published = {key: system.s3.head_object(Bucket="results", Key=key)["LastModified"] for key in outbox(system)}
     assert len(published) == 2
     [job] = system.api("GET", "/jobs").json["jobs"]
-    [output] = json.loads(item(system, job["id"])["outputs"]["S"])
+    [output] = json.loads(system.item(job["id"])["outputs"]["S"])
     for newer in ({"outputs": [{**output, "status": "upscaled"}]}, {"status": "upscaling"}):
         change(system, job["id"], **newer)
         assert system.work(record)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from img2img import bootstrap
 from tests.system import System, queue_url, running_system
 
 
@@ -26,9 +25,7 @@ def auto() -> Iterator[System]:
 
 def pending(system: System, job_id: str) -> dict[str, dict[str, str]]:
     """Return what a job's item says of what is under way."""
-    key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
-    item = system.dynamodb.get_item(TableName="jobs", Key=key)["Item"]
-    found: dict[str, dict[str, str]] = json.loads(item.get("pending", {"S": "{}"})["S"])
+    found: dict[str, dict[str, str]] = json.loads(system.item(job_id).get("pending", {"S": "{}"})["S"])
     return found
 
 
@@ -44,15 +41,6 @@ def look(system: System, seconds: float = 5) -> int:
     """Let time pass and hand the messages to the worker."""
     system.clock.advance(seconds)
     return system.deliver()
-
-
-def switch(system: System, monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
-    """Deploy other settings: a new process."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    bootstrap.services.cache_clear()
-    system.services = bootstrap.services()
-    system.services.clock = system.clock
 
 
 def test_a_picture_is_submitted_let_go_of_and_fetched_at_the_next_look(system):
@@ -277,7 +265,7 @@ def test_errors_of_a_submit(system, trouble):
 def test_what_was_submitted_is_followed_whatever_the_settings_say_by_then(system, monkeypatch, environment):
     job_id = submitted(system)
     system.segmind.release()
-    switch(system, monkeypatch, **environment)
+    system.redeploy(monkeypatch, **environment)
     look(system, 1)
     job = system.job(job_id)
     assert (job["status"], job["backend"]) == ("succeeded", "segmind")

@@ -51,11 +51,6 @@ def assert_settled(system: System, *, charged: int) -> None:
     assert (books.reserved, books.charged) == (0, charged)
 
 
-def item(system: System, job_id: str) -> Any:
-    key = {"pk": {"S": "TEAM#default"}, "sk": {"S": f"JOB#{job_id}"}}
-    return system.dynamodb.get_item(TableName="jobs", Key=key)["Item"]
-
-
 # Queued and forgotten
 
 
@@ -74,7 +69,7 @@ def test_a_forgotten_job_is_sent_again(system):
     assert json.loads(record["body"]) == {
         "team": "default",
         "job_id": job_id,
-        "correlation_id": item(system, job_id)["correlation_id"]["S"],
+        "correlation_id": system.item(job_id)["correlation_id"]["S"],
         "look": False,
     }
     assert system.work(record)
@@ -287,12 +282,12 @@ def test_finished_jobs_are_never_touched(system, end):
     if end == "canceled":
         system.api("POST", f"/jobs/{job_id}/cancel")
     system.deliver()
-    before = item(system, job_id)
+    before = system.item(job_id)
     assert before["status"]["S"] == end
     for seconds in (61, LEASE, DEADLINE, 86_400):
         system.clock.advance(seconds)
         assert system.sweep() == {}
-    assert item(system, job_id) == before
+    assert system.item(job_id) == before
     assert system.messages() == 0
 
 
@@ -389,7 +384,7 @@ def test_a_job_that_cannot_be_sent_is_sent_by_a_later_sweep(system, at):
 
 def test_what_the_sweep_ended_is_counted_like_any_other_failure(system, capsys):
     job_id = forgotten(system)
-    correlation_id = item(system, job_id)["correlation_id"]["S"]
+    correlation_id = system.item(job_id)["correlation_id"]["S"]
     system.clock.advance(DEADLINE)
     capsys.readouterr()
     system.sweep()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_WAIT = 25
+# What of an invocation's time is left for the answer when the wait is over: the gateway hangs up at 29 s.
+_ANSWER_SECONDS = 2
 # Lambda answers with at most 6 MB, base64 and JSON included; the rest of the answer stays far below the difference.
 MAX_ANSWER = 6_000_000 - 100_000
 # The gateway turns an answer binary only if the first type of `Accept` stands in the template's BinaryMediaTypes.
@@ -36,6 +39,11 @@ def patience(prefer: str) -> Patience:
     return Patience(MAX_WAIT, f"wait={MAX_WAIT}")
 
 
+def time_to_wait(wanted: float, remaining_ms: int) -> float:
+    """Return how many seconds of a wait fit into what is left of an invocation."""
+    return max(min(wanted, remaining_ms / 1000 - _ANSWER_SECONDS), 0)
+
+
 def media_type(content_type: str) -> str:
     """Return the media type of a `Content-Type`, without its parameters."""
     return content_type.partition(";")[0].strip().lower()
@@ -49,6 +57,11 @@ def first_accepted(accept: str) -> str:
 def wants_bytes(accept: str) -> bool:
     """Whether the caller asks for a picture itself."""
     return first_accepted(accept) in BINARY_TYPES
+
+
+def route(resource: str, parameters: Mapping[str, str]) -> str:
+    """Return the path of a request to a resource, without the base path of a custom domain's mapping."""
+    return re.sub(r"\{(\w+)\}", lambda name: parameters[name[1]], resource)
 
 
 def base_url(*, forwarded_proto: str, host: str, prefix: str) -> str:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from aws_lambda_powertools import Logger, Metrics, single_metric
 from aws_lambda_powertools.metrics import EphemeralMetrics, MetricUnit
 
+from img2img.errors import InsufficientCredits, ServiceError
+
 logger = Logger(child=True)
 # All of a process's `Metrics` share what they hold.
 metrics = Metrics()
@@ -33,12 +35,14 @@ def job_created(*, correlation_id: str, job_id: str, samples: int, replayed: boo
         describe(correlation_id=correlation_id, job_id=job_id)
 
 
-def too_few_credits(*, correlation_id: str, price: int, balance: int) -> None:
-    """Log and count a request that its team cannot pay."""
-    # A warning, for whoever keeps no lower level: the alarm leads to this line.
-    logger.warning("too few credits", price=price, balance=balance)
-    metrics.add_metadata("correlation_id", correlation_id)
-    metrics.add_metric("InsufficientCredits", MetricUnit.Count, 1)
+def refused(error: ServiceError, *, correlation_id: str) -> None:
+    """Log a request that was refused, and count one that its team cannot pay."""
+    logger.info("refused", code=error.code)
+    if isinstance(error, InsufficientCredits):
+        # A warning, for whoever keeps no lower level: the alarm leads to this line.
+        logger.warning("too few credits", price=error.price, balance=error.balance)
+        metrics.add_metadata("correlation_id", correlation_id)
+        metrics.add_metric("InsufficientCredits", MetricUnit.Count, 1)
 
 
 def job_ended(

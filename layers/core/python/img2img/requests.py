@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from img2img.errors import FieldError, InvalidRequest, NotFound, UnsupportedMediaType
@@ -47,7 +49,7 @@ class Img2ImgRequest:
     preset: str = ""
     own: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the parsed parameters and the image's own fingerprint.
 
@@ -97,6 +99,11 @@ def _saved(presets: Presets, name: str, own: Mapping[str, Any]) -> tuple[dict[st
     return {**added, **values}, [
         FieldError("preset", f"{name} has a {error.field} that {error.detail}") for error in errors
     ]
+
+
+def body_bytes(text: str, *, is_base64: bool | None) -> bytes:
+    """Return a request's body from what API Gateway made of it."""
+    return base64.b64decode(text) if is_base64 else text.encode(errors="surrogatepass")
 
 
 def parse_json(body: bytes, content_type: str, *, accepted: str = "application/json") -> Any:

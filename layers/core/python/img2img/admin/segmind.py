@@ -17,15 +17,16 @@ from img2img.admin.commands import Options, add_command
 from img2img.admin.secret import read_key
 from img2img.admin.stack import Operator
 from img2img.backends import SEGMIND_FIELDS, request_body
+from img2img.backends.segmind_http import MODEL, json_in, root_of, said
+from img2img.backends.segmind_v2 import origin_of
 from img2img.errors import InvalidRequest, ServiceError
 from img2img.params import Img2ImgParams
+from img2img.settings import Settings
 
-MODEL = "sd1.5-img2img"
-BASE_URL = "https://api.segmind.com/v1"
 # What the model's page says of one picture, in US dollars.
 PRICE = 0.004
-_SECONDS = 90
-_MAX_PIXELS = 64_000_000
+_SECONDS = Settings.segmind_timeout
+_MAX_PIXELS = Settings.max_image_pixels
 _PARAMS = Img2ImgParams(prompt="A watercolour of this scene", strength=0.6, seed=42)
 _POLL_SECONDS = (1, 2, 3, 5)
 
@@ -38,7 +39,8 @@ def add_commands(commands: Any) -> None:
     command.add_argument("apis", nargs="*", metavar="API", help="v1, v2 or both (default: both)")
     command.add_argument("--image", type=Path, default=Path("events/sample.jpg"), help="(default: %(default)s)")
     command.add_argument("--out", type=Path, default=Path("out"), help="where the pictures go (default: %(default)s)")
-    command.add_argument("--base-url", default=BASE_URL, help="address of the v1 API (default: %(default)s)")
+    address = Settings.segmind_base_url
+    command.add_argument("--base-url", default=address, help="address of the v1 API (default: %(default)s)")
     command.add_argument("--yes", action="store_true", help="do not ask before money is spent")
 
 
@@ -47,6 +49,10 @@ def run(_use: Operator, options: Options) -> int:
     apis = options.apis or list(APIS)
     if unknown := sorted(set(apis) - set(APIS)):
         raise InvalidRequest(f"There is no API {', '.join(unknown)}; known are {', '.join(APIS)}")
+    try:
+        root = root_of(options.base_url)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
     picture = images.prepare(
         options.image.read_bytes(),
         width=_PARAMS.img_width,
@@ -54,7 +60,7 @@ def run(_use: Operator, options: Options) -> int:
         fit=_PARAMS.fit,
         max_pixels=_MAX_PIXELS,
     )
-    segmind = Segmind(options.base_url, read_key())
+    segmind = Segmind(root, read_key())
     print(f"{'balance':10} {segmind.balance()}")
     print(f"{len(apis)} x {MODEL} will cost about {len(apis) * PRICE:.3f} USD")
     if not (options.yes or _agreed()):
@@ -98,10 +104,10 @@ class Finding:
 
 
 class Segmind:
-    """Segmind's API by its bare answers. Errors never hold the key."""
+    """Segmind's API by its bare answers; `root` is where its versions lie. Errors never hold the key."""
 
-    def __init__(self, base_url: str, key: str) -> None:
-        self._root = base_url.rstrip("/").removesuffix("/v1")
+    def __init__(self, root: str, key: str) -> None:
+        self._root = root
         self._key = key
         self._session = requests.Session()
         self._session.trust_env = False
@@ -126,11 +132,11 @@ class Segmind:
     def balance(self) -> str:
         """Return what Segmind says of the account."""
         answer = self.call("GET", "/v1/get-user-credits")
-        return f"{_of(answer, 'credits')} credits" if answer.ok else _said(answer, self._key)
+        return f"{_of(answer, 'credits')} credits" if answer.ok else self.said(answer)
 
     def said(self, answer: requests.Response) -> str:
         """Return an error's status and text."""
-        return _said(answer, self._key)
+        return f"{answer.status_code}: {said(answer.content, self._key, (_PARAMS.prompt,))}"
 
 
 Steps = Iterator[Finding | bytes]
@@ -152,9 +158,8 @@ def _tried(api: Callable[[Segmind, bytes], Steps], segmind: Segmind, picture: by
 
 def _v1(segmind: Segmind, picture: bytes) -> Steps:
     answer = segmind.call("POST", f"/v1/{MODEL}", _body(picture))
-    yield _is("status", answer.status_code, 200)
+    yield from _taken(segmind, answer)
     if answer.status_code != 200:
-        yield Finding("error", segmind.said(answer), "none", good=False)
         return
     kind = answer.headers.get("content-type", "")
     yield Finding("content-type", kind, "an image's", good=kind.startswith("image/"))
@@ -165,9 +170,8 @@ def _v1(segmind: Segmind, picture: bytes) -> Steps:
 
 def _v2(segmind: Segmind, picture: bytes) -> Steps:
     submitted = segmind.call("POST", f"/v2/{MODEL}", _body(picture))
-    yield _is("status", submitted.status_code, 200)
+    yield from _taken(segmind, submitted)
     if submitted.status_code != 200:
-        yield Finding("error", segmind.said(submitted), "none", good=False)
         return
     request_id = str(_of(submitted, "request_id") or "")
     yield Finding("request_id", request_id, "an id", good=bool(request_id))
@@ -193,13 +197,19 @@ def _v2(segmind: Segmind, picture: bytes) -> Steps:
     url = output[0] if isinstance(output, list) and output else output
     if not isinstance(url, str):
         return
-    parts = urlsplit(url)
     # What the setting of accepted origins has to name.
-    yield Finding("origin of the output", f"{parts.scheme}://{parts.netloc}", "https", good=parts.scheme == "https")
+    origin = origin_of(url)
+    yield Finding("origin of the output", origin, "https", good=origin.startswith("https:"))
     yield from _picture(segmind.fetch(url).content)
 
 
 APIS: Mapping[str, Callable[[Segmind, bytes], Steps]] = {"v1": _v1, "v2": _v2}
+
+
+def _taken(segmind: Segmind, answer: requests.Response) -> Steps:
+    yield _is("status", answer.status_code, 200)
+    if answer.status_code != 200:
+        yield Finding("error", segmind.said(answer), "none", good=False)
 
 
 def _body(picture: bytes) -> dict[str, Any]:
@@ -227,13 +237,5 @@ def _present(name: str, found: Any) -> Finding:
 
 
 def _of(answer: requests.Response, name: str) -> Any:
-    try:
-        value = answer.json()
-    except ValueError:
-        return None
+    value = json_in(answer.content)
     return value.get(name) if isinstance(value, dict) else None
-
-
-def _said(answer: requests.Response, key: str) -> str:
-    text = _of(answer, "error") or answer.text
-    return f"{answer.status_code}: {' '.join(str(text).replace(key, '***').split())[:200]}"

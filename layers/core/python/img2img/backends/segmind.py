@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from img2img.backends import SEGMIND_FIELDS, GeneratedImage, request_body
-from img2img.backends.segmind_http import MODEL, NAME, Http, KeySource, image_in, number
+from img2img.backends.segmind_http import MODEL, NAME, Http, KeySource, checked_address, image_in, number
 from img2img.errors import BackendBroken
 from img2img.params import Img2ImgParams
 
@@ -33,9 +33,7 @@ class SegmindBackend:
         session: requests.Session | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if not base_url.startswith(("https://", "http://")):
-            raise ValueError("base_url must be an http(s) address")
-        self._url = f"{base_url.rstrip('/')}/{MODEL}"
+        self._url = f"{checked_address(base_url)}/{MODEL}"
         self._timeout = timeout
         self._patience = patience
         self._http = Http(key=key, timeout=timeout, session=session, clock=clock)

@@ -47,6 +47,18 @@ _RUN = 12
 _SIGNATURES = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|RIFF....WEBP|....ftyp", re.DOTALL)
 
 
+def checked_address(base_url: str) -> str:
+    """Return the address of an API without a slash at its end. Raises `ValueError`."""
+    if not base_url.startswith(("https://", "http://")):
+        raise ValueError("base_url must be an http(s) address")
+    return base_url.rstrip("/")
+
+
+def root_of(base_url: str) -> str:
+    """Return where the versions of the API lie, by the address of one. Raises `ValueError`."""
+    return re.sub(r"/v\d+$", "", checked_address(base_url))
+
+
 class KeySource(Protocol):
     """Gives the Segmind key; `refresh` asks for the stored one instead of a cached one."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from img2img.backends import SEGMIND_FIELDS, GeneratedImage, Notice, Pending, Wait, request_body
-from img2img.backends.segmind_http import MODEL, NAME, Answer, Http, KeySource, decoded, json_in, number
+from img2img.backends.segmind_http import MODEL, NAME, Answer, Http, KeySource, decoded, json_in, number, root_of
 from img2img.errors import (
     BackendBroken,
     BackendFailed,
@@ -72,9 +72,7 @@ class SegmindQueue:
         session: requests.Session | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if not base_url.startswith(("https://", "http://")):
-            raise ValueError("base_url must be an http(s) address")
-        self._url = re.sub(r"/v\d+$", "", base_url.rstrip("/")) + "/v2"
+        self._url = f"{root_of(base_url)}/v2"
         self._origins = frozenset(map(origin_of, origins)) - {""}
         self._timeout = timeout
         self._patience = patience

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from img2img.documents import job_document, job_url, problem_document, usage_document
 from img2img.errors import AnswerTooLarge, NotFound, ServiceError
 from img2img.flows.watch import balance, pictures
-from img2img.jobs.job import Job, OutputStatus
+from img2img.jobs.job import Job, Output, OutputStatus
 from img2img.money.prices import in_credits
 from img2img.money.usage import UsageQuery, as_csv, as_records, grouped
 from img2img.negotiation import MAX_ANSWER
@@ -77,9 +77,9 @@ def created(
         return problem(job.error, headers, job_id=job.id)
     if job.outputs:
         headers["x-generation-time"] = f"{job.generation_seconds:.3f}"
-    shown = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
+    shown = job.delivered
     wanted = shown[:1] if as_bytes else shown if in_json else []
-    if sum(output.bytes for output in wanted) * 4 / 3 > MAX_ANSWER:
+    if not fits(wanted):
         too_large = AnswerTooLarge("The pictures do not fit into one answer; read them from their URLs")
         return problem(too_large, headers, job_id=job.id)
     data = pictures(services, wanted) if wanted else None
@@ -88,9 +88,23 @@ def created(
         return Answer(HTTPStatus.OK, data[0], shown[0].content_type, headers)
     document = job_document(services, job, base_url)
     if data:
-        encoded = [base64.b64encode(picture).decode() for picture in data]
-        document["image"] = encoded[0] if job.params.samples == 1 else encoded
+        document["image"] = in_base64(job, data)
     return Answer(HTTPStatus.OK, document, headers=headers)
+
+
+def fits(outputs: Sequence[Output]) -> bool:
+    """Whether pictures fit into one answer, which Lambda takes as base64."""
+    return sum(output.bytes for output in outputs) * 4 / 3 <= MAX_ANSWER
+
+
+def one_or_all(job: Job, values: list[str]) -> str | list[str]:
+    """Return what Segmind's format has of a job's pictures: one where one was asked for, else a list."""
+    return values[0] if job.params.samples == 1 else values
+
+
+def in_base64(job: Job, data: Sequence[bytes]) -> str | list[str]:
+    """Return Segmind's `image` of a job's pictures."""
+    return one_or_all(job, [base64.b64encode(picture).decode() for picture in data])
 
 
 def output(services: Services, job: Job, index: str) -> Answer:

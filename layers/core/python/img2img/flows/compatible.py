@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
 from dataclasses import replace
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aws_lambda_powertools import Logger
 
@@ -25,14 +23,13 @@ from img2img.errors import (
     UnsupportedImage,
     UnsupportedMediaType,
 )
-from img2img.flows.answer import Answer
+from img2img.flows.answer import Answer, fits, in_base64, one_or_all
 from img2img.flows.intake import Caller, Submission
 from img2img.flows.submit import make
 from img2img.flows.watch import balance, pictures
 from img2img.jobs.guards import Guard
-from img2img.jobs.job import Job, Output, OutputStatus, Status
+from img2img.jobs.job import Job, Status
 from img2img.money.prices import in_credits
-from img2img.negotiation import MAX_ANSWER
 from img2img.requests import Img2ImgRequest
 
 if TYPE_CHECKING:
@@ -107,9 +104,9 @@ def _of_ended(services: Services, request: Img2ImgRequest, job: Job) -> tuple[An
     """Return the answer of an ended job, and whether it hands over what the job came to."""
     if job.status is not Status.SUCCEEDED:
         return _error(HTTPStatus.INTERNAL_SERVER_ERROR, _failure(job), job), True
-    shown = _shown(job)
+    shown = job.delivered
     wanted = shown if request.base64 else shown[:1]
-    if sum(output.bytes for output in wanted) * 4 / 3 > MAX_ANSWER:
+    if not fits(wanted):
         detail = f"The picture does not fit into one answer; read it from /v2/requests/{job.id}"
         return _error(AnswerTooLarge.status, detail, job), False
     data = pictures(services, wanted)
@@ -127,16 +124,7 @@ def _of_ended(services: Services, request: Img2ImgRequest, job: Job) -> tuple[An
         headers["x-remaining-credits"] = in_credits(left)
     if not request.base64:
         return Answer(HTTPStatus.OK, data[0], shown[0].content_type, headers), True
-    encoded = [base64.b64encode(picture).decode() for picture in data]
-    return Answer(HTTPStatus.OK, {"image": _one_or_all(job, encoded)}, headers=headers), True
-
-
-def _shown(job: Job) -> list[Output]:
-    return [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
-
-
-def _one_or_all(job: Job, values: list[str]) -> Any:
-    return values[0] if job.params.samples == 1 else values
+    return Answer(HTTPStatus.OK, {"image": in_base64(job, data)}, headers=headers), True
 
 
 def _failure(job: Job) -> str:
@@ -203,8 +191,8 @@ def result(services: Services, job: Job, base_url: str) -> Answer:
             "cost": float(in_credits(job.credits.charged)),
             "remaining_credits": None if left is None else float(in_credits(left)),
         }
-        urls = [services.storage.output_url(output) for output in _shown(job)]
-        body |= {"output": _one_or_all(job, urls), "metrics": {**money, **_times(job), "retry_count": _retries(job)}}
+        urls = [services.storage.output_url(output) for output in job.delivered]
+        body |= {"output": one_or_all(job, urls), "metrics": {**money, **_times(job), "retry_count": _retries(job)}}
     return replace(answer, body=body)
 
 
@@ -225,5 +213,4 @@ def _retries(job: Job) -> int:
 
 def credits_left(services: Services, team: str) -> Answer:
     """Return what a team has left, as Segmind's `get-user-credits` does."""
-    left: Mapping[str, float] = {"credits": float(in_credits(services.credits.account(team).balance))}
-    return Answer(HTTPStatus.OK, left)
+    return Answer(HTTPStatus.OK, {"credits": float(in_credits(services.credits.account(team).balance))})

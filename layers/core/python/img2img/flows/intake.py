@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aws_lambda_powertools import Logger
 
-from img2img import images
+from img2img import images, observe
 from img2img.aws import AwsError
 from img2img.errors import (
     Gone,
@@ -57,6 +57,15 @@ class Submission:
 
     job: Job
     replayed: bool
+
+    def note(self) -> None:
+        """Log and count it."""
+        observe.job_created(
+            correlation_id=self.job.correlation_id,
+            job_id=self.job.id,
+            samples=self.job.params.samples,
+            replayed=self.replayed,
+        )
 
 
 def guard_of(caller: Caller, key: str | None, fingerprint: str) -> Guard | None:

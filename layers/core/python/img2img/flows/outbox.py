@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from img2img.documents import pipeline_document
 from img2img.errors import NotFound
 from img2img.jobs.inbox import InboxFile, place_of
-from img2img.jobs.job import Job, OutputStatus, Status
+from img2img.jobs.job import Job, Status
 from img2img.jobs.outbox_index import Shown
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def publish(services: Services, job: Job) -> None:
     prefix = outbox_of(file) if isinstance(file, InboxFile) else None
     if prefix is None:
         return
-    delivered = [output for output in job.outputs if output.status is OutputStatus.SUCCEEDED]
+    delivered = job.delivered
     pictures = {f"{prefix}-{output.index}.{output.key.rpartition('.')[2]}": output for output in delivered}
     document = f"{prefix}.error.json" if job.status is Status.FAILED else f"{prefix}.json"
     keys = {*pictures, document}

@@ -181,7 +181,7 @@ def _watched(services: Services, job: Job, samples: list[Sample], under_way: Und
         calls = {
             index: call for index, call in under_way.pending.items() if index in missing(job) and index not in over
         }
-        waits = [services.async_backend(call.backend).look_after(call) for call in calls.values()]
+        waits = _look_waits(services, calls)
         if not waits or None in waits:
             break
         services.sleep(LOOK_SECONDS)
@@ -233,11 +233,14 @@ def _conclude(services: Services, job: Job, samples: list[Sample], *, told: bool
     return replace(run, job=job, retry_after=wait)
 
 
+def _look_waits(services: Services, calls: Mapping[int, Pending]) -> list[float | None]:
+    """Return after how many seconds each call is to be looked at, None for one whose backend gives notice."""
+    return [services.async_backend(call.backend).look_after(call) for call in calls.values()]
+
+
 def _look_after(services: Services, job: Job, now: float) -> int | None:
     """Return after how many seconds a message is to look at what is under way; None if none is needed, or one comes."""
-    calls = job.pending.values()
-    waits = [services.async_backend(call.backend).look_after(call) for call in calls]
-    due = [wait for wait in waits if wait is not None]
+    due = [wait for wait in _look_waits(services, job.pending) if wait is not None]
     is_coming = (job.look_ms or 0) > now * 1000 + _ABOUT_NOW_MS
     return math.ceil(min(due)) if due and not is_coming else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from img2img.dynamo import Write
-from img2img.jobs.job import Job, OutputStatus
+from img2img.jobs.job import Job
 from img2img.money.credits import reserve, settle
 from img2img.money.usage import count
 
@@ -31,7 +31,7 @@ def closing(table: str, job: Job) -> list[Write]:
             backend=job.backend,
             at_ms=at_ms,
             status=job.status,
-            delivered=sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs),
+            delivered=len(job.delivered),
             charged=credits.charged,
         ),
     ]

@@ -160,6 +160,11 @@ class Job:
         """What a failed job failed of."""
         return recorded_error(self.error_code, self.error_detail) if self.error_code else None
 
+    @property
+    def delivered(self) -> list[Output]:
+        """The outputs that have a picture."""
+        return [output for output in self.outputs if output.status is OutputStatus.SUCCEEDED]
+
     def output(self, index: int) -> Output | None:
         """Return the output of sample `index` if that sample has ended."""
         return next((output for output in self.outputs if output.index == index), None)
@@ -210,7 +215,6 @@ def given_up(job: Job, error: ServiceError) -> Job:
 
 def ended(job: Job, status: Status, *, at_ms: int, error: ServiceError | None = None) -> Job:
     """Return the job at its end, with what it costs: nothing unless it succeeded, else what was delivered."""
-    delivered = sum(output.status is OutputStatus.SUCCEEDED for output in job.outputs)
     return replace(
         job,
         status=status,
@@ -222,7 +226,7 @@ def ended(job: Job, status: Status, *, at_ms: int, error: ServiceError | None = 
         error_code=error.code if error else "",
         error_detail=error.detail if error else "",
         credits=job.credits.settled(
-            samples=job.params.samples, delivered=delivered if status is Status.SUCCEEDED else 0
+            samples=job.params.samples, delivered=len(job.delivered) if status is Status.SUCCEEDED else 0
         ),
     )
 
